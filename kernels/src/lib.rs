@@ -1,0 +1,6 @@
+//! Device memory and every numeric operation of Nibble. Knows tensors, not models.
+
+mod error;
+pub mod tensor;
+
+pub use error::KernelError;

@@ -1,0 +1,7 @@
+//! Host-side tensors: what a checkpoint holds before a backend packs it for its device.
+
+mod dense;
+mod quantized;
+
+pub use dense::{DenseMatrix, DenseValues, FloatType};
+pub use quantized::{QuantizedMatrix, QuantizedParts};

@@ -1,0 +1,227 @@
+//! `QuantizedMatrix`: the one in-memory form of a group-wise integer weight matrix.
+//!
+//! Every file format is a reader and a writer of this form at the edge; every backend packs it once
+//! into its device form.
+//!
+//! ```text
+//! w[n, p] = (codes[n, p] - zero_points[n, p / group_size]) * scales[n, p / group_size]
+//! y[n]    = sum over p of w[n, p] * x[input(p)]
+//! ```
+//!
+//! `n` counts outputs, `p` stored input positions. `input(p)` is `p`, or `input_permutation[p]` for a
+//! checkpoint whose groups are not made of consecutive inputs (act-order with a `g_idx`).
+//! The last group may be partial: there are `ceil(in_features / group_size)` groups.
+
+use crate::error::KernelError;
+
+const NAME: &str = "quantized matrix";
+
+/// The parts of a [`QuantizedMatrix`], by name, before they were checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedParts {
+    /// Number of outputs.
+    pub out_features: usize,
+    /// Number of inputs.
+    pub in_features: usize,
+    /// Bits of a code, 2 to 8.
+    pub bits: u32,
+    /// Stored input positions that share a scale and a zero point.
+    pub group_size: usize,
+    /// Row-major `[out_features, in_features]`, one code a byte, each below `2^bits`.
+    pub codes: Vec<u8>,
+    /// Row-major `[out_features, groups]`, finite.
+    pub scales: Vec<f32>,
+    /// Row-major `[out_features, groups]`, each at most `2^bits` (GPTQ v1 can express 16 for 4 bits).
+    pub zero_points: Vec<u8>,
+    /// `input_permutation[p]` is the input feature at stored position `p`; `None` is the identity.
+    pub input_permutation: Option<Vec<u32>>,
+}
+
+/// A group-wise quantized weight matrix whose invariants hold. See the module text for the formula.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedMatrix {
+    parts: QuantizedParts,
+}
+
+impl QuantizedMatrix {
+    /// Checks every invariant of `parts` (sizes, ranges, finite scales, a true permutation).
+    ///
+    /// # Errors
+    /// Names the part that is wrong, what was found and what was expected.
+    pub fn new(parts: QuantizedParts) -> Result<Self, KernelError> {
+        let QuantizedParts { out_features, in_features, bits, group_size, .. } = parts;
+        KernelError::require((2..=8).contains(&bits), NAME, "bits", bits, "must be 2 to 8")?;
+        KernelError::require(group_size > 0, NAME, "group_size", group_size, "must be positive")?;
+        let groups = in_features.div_ceil(group_size);
+        KernelError::check(NAME, "codes", parts.codes.len(), out_features * in_features)?;
+        KernelError::check(NAME, "scales", parts.scales.len(), out_features * groups)?;
+        KernelError::check(NAME, "zero_points", parts.zero_points.len(), out_features * groups)?;
+        let levels = 1u32 << bits;
+        if let Some(code) = parts.codes.iter().find(|&&code| u32::from(code) >= levels) {
+            return Err(KernelError::Value {
+                operation: NAME,
+                argument: "codes",
+                found: code.to_string(),
+                requirement: "must be below 2^bits",
+            });
+        }
+        let zero = parts.zero_points.iter().find(|&&zero| u32::from(zero) > levels);
+        KernelError::require(zero.is_none(), NAME, "zero_points", zero.unwrap_or(&0), "at most 2^bits")?;
+        let scale = parts.scales.iter().find(|scale| !scale.is_finite());
+        KernelError::require(scale.is_none(), NAME, "scales", scale.unwrap_or(&0.0), "must be finite")?;
+        if let Some(permutation) = &parts.input_permutation {
+            KernelError::check(NAME, "input_permutation", permutation.len(), in_features)?;
+            let mut seen = vec![false; in_features];
+            for &input in permutation {
+                let fresh = seen.get_mut(input as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+                KernelError::require(
+                    fresh,
+                    NAME,
+                    "input_permutation",
+                    input,
+                    "each input must appear exactly once",
+                )?;
+            }
+        }
+        Ok(Self { parts })
+    }
+
+    /// Number of outputs.
+    pub fn out_features(&self) -> usize {
+        self.parts.out_features
+    }
+
+    /// Number of inputs.
+    pub fn in_features(&self) -> usize {
+        self.parts.in_features
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> u32 {
+        self.parts.bits
+    }
+
+    /// Stored input positions that share a scale and a zero point.
+    pub fn group_size(&self) -> usize {
+        self.parts.group_size
+    }
+
+    /// Number of groups along the inputs.
+    pub fn groups(&self) -> usize {
+        self.parts.in_features.div_ceil(self.parts.group_size)
+    }
+
+    /// Codes, row-major `[out_features, in_features]`, one a byte.
+    pub fn codes(&self) -> &[u8] {
+        &self.parts.codes
+    }
+
+    /// Scales, row-major `[out_features, groups]`.
+    pub fn scales(&self) -> &[f32] {
+        &self.parts.scales
+    }
+
+    /// Zero points, row-major `[out_features, groups]`.
+    pub fn zero_points(&self) -> &[u8] {
+        &self.parts.zero_points
+    }
+
+    /// `permutation[p]` is the input feature at stored position `p`; `None` is the identity.
+    pub fn input_permutation(&self) -> Option<&[u32]> {
+        self.parts.input_permutation.as_deref()
+    }
+
+    /// Whether every zero point is the middle of the range (`2^(bits-1)`).
+    pub fn is_symmetric(&self) -> bool {
+        let middle = 1u8 << (self.parts.bits - 1);
+        self.parts.zero_points.iter().all(|&zero| zero == middle)
+    }
+
+    /// The weights this matrix stands for, row-major `[out_features, in_features]`, inputs in their
+    /// original order (the permutation undone).
+    pub fn dequantize(&self) -> Vec<f32> {
+        let (inputs, groups) = (self.in_features(), self.groups());
+        let mut weights = vec![0.0; self.parts.codes.len()];
+        for output in 0..self.out_features() {
+            for position in 0..inputs {
+                let group = output * groups + position / self.group_size();
+                let code = f32::from(self.parts.codes[output * inputs + position]);
+                let value = (code - f32::from(self.parts.zero_points[group])) * self.parts.scales[group];
+                let input =
+                    self.parts.input_permutation.as_ref().map_or(position, |order| order[position] as usize);
+                weights[output * inputs + input] = value;
+            }
+        }
+        weights
+    }
+
+    /// Bits stored for each weight: codes, F16 scales and packed zero points.
+    pub fn bits_per_weight(&self) -> f64 {
+        let per_group = 16.0 + f64::from(self.bits());
+        let groups = (self.groups() * self.out_features()) as f64;
+        f64::from(self.bits()) + groups * per_group / self.parts.codes.len().max(1) as f64
+    }
+
+    /// A 64-bit FNV-1a hash of the dequantized weights' bits: equal for equal weights, whatever format
+    /// they came from.
+    pub fn checksum(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for weight in self.dequantize() {
+            hash = (hash ^ u64::from(weight.to_bits())).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        hash
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts() -> QuantizedParts {
+        QuantizedParts {
+            out_features: 2,
+            in_features: 3,
+            bits: 4,
+            group_size: 2,
+            codes: vec![0, 8, 15, 1, 2, 3],
+            scales: vec![0.5, 2.0, 1.0, 0.25],
+            zero_points: vec![8, 8, 0, 16],
+            input_permutation: None,
+        }
+    }
+
+    #[test]
+    fn dequantize_applies_scale_and_zero_point_of_the_group() {
+        let matrix = QuantizedMatrix::new(parts()).unwrap();
+        assert_eq!(matrix.dequantize(), [-4.0, 0.0, 14.0, 1.0, 2.0, -3.25]);
+        assert!(!matrix.is_symmetric());
+    }
+
+    #[test]
+    fn dequantize_undoes_the_permutation() {
+        let mut parts = parts();
+        parts.input_permutation = Some(vec![2, 0, 1]);
+        let matrix = QuantizedMatrix::new(parts).unwrap();
+        assert_eq!(matrix.dequantize(), [0.0, 14.0, -4.0, 2.0, -3.25, 1.0]);
+    }
+
+    #[test]
+    fn each_broken_invariant_is_refused_by_name() {
+        type Break = fn(&mut QuantizedParts);
+        let cases: [(&str, Break); 7] = [
+            ("bits", |p| p.bits = 9),
+            ("group_size", |p| p.group_size = 0),
+            ("codes", |p| p.codes[0] = 16),
+            ("codes", |p| p.codes.truncate(5)),
+            ("scales", |p| p.scales[1] = f32::NAN),
+            ("zero_points", |p| p.zero_points[0] = 17),
+            ("input_permutation", |p| p.input_permutation = Some(vec![0, 0, 1])),
+        ];
+        for (name, break_it) in cases {
+            let mut parts = parts();
+            break_it(&mut parts);
+            let message = QuantizedMatrix::new(parts).unwrap_err().to_string();
+            assert!(message.contains(name), "{message}");
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Checkpoints, tokenizer, chat template, architectures and the forward pass. Knows models, not requests.

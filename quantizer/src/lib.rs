@@ -1,0 +1,2 @@
+//! RTN and GPTQ quantization to INT4.
+#![forbid(unsafe_code)]

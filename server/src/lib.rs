@@ -1,0 +1,2 @@
+//! The OpenAI HTTP API and metrics, over the engine.
+#![forbid(unsafe_code)]

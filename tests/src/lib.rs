@@ -1,0 +1,1 @@
+//! End-to-end tests and the house checking itself; the tests lie in `tests/tests`.
