@@ -1,1 +1,3 @@
 //! Checkpoints, tokenizer, chat template, architectures and the forward pass. Knows models, not requests.
+
+pub mod forward;
