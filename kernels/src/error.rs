@@ -45,7 +45,7 @@ impl KernelError {
         allowed: bool,
         operation: &'static str,
         argument: &'static str,
-        found: impl ToString,
+        found: impl std::fmt::Display + Copy,
         requirement: &'static str,
     ) -> Result<(), Self> {
         if allowed {

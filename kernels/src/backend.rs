@@ -1,0 +1,102 @@
+//! What a device must offer: memory, and every operation.
+
+use std::ops::Range;
+
+use crate::error::KernelError;
+use crate::ops;
+use crate::tensor::{DenseMatrix, QuantizedMatrix};
+
+/// Memory of a device: buffers of activations, indices and weights in the device's own form.
+///
+/// Everything is allocated before the first step: operations themselves never allocate and never wait, so
+/// that a device may record a whole step once and replay it.
+pub trait Device {
+    /// Activations, in the device's activation type. Rows are contiguous.
+    type Buffer: Length;
+    /// Unsigned words: token ids, positions, block tables.
+    type Indices: Length;
+    /// A quantized weight matrix, packed for the device.
+    type PackedMatrix: MatrixShape;
+    /// A dense weight matrix, packed for the device.
+    type DenseMatrix: MatrixShape;
+
+    /// A zeroed buffer of `elements` activations.
+    fn buffer(&self, elements: usize) -> Self::Buffer;
+
+    /// A zeroed buffer of `elements` words.
+    fn indices(&self, elements: usize) -> Self::Indices;
+
+    /// Copies `values` to the start of `to`.
+    ///
+    /// # Errors
+    /// When `to` is too short.
+    fn write(&self, values: &[f32], to: &mut Self::Buffer) -> Result<(), KernelError>;
+
+    /// Copies `values` to the start of `to`.
+    ///
+    /// # Errors
+    /// When `to` is too short.
+    fn write_indices(&self, values: &[u32], to: &mut Self::Indices) -> Result<(), KernelError>;
+
+    /// Waits for the device and copies elements `range` of `from` to `to`.
+    ///
+    /// # Errors
+    /// When the range is outside the buffer or does not have the length of `to`.
+    fn read(&self, from: &Self::Buffer, range: Range<usize>, to: &mut [f32]) -> Result<(), KernelError>;
+
+    /// Packs a quantized matrix for this device. `name` is the tensor's name in the checkpoint.
+    ///
+    /// # Errors
+    /// When the device has no kernel for its bits or group size.
+    fn pack_quantized(&self, name: &str, matrix: &QuantizedMatrix)
+    -> Result<Self::PackedMatrix, KernelError>;
+
+    /// Packs a dense matrix for this device. `name` is the tensor's name in the checkpoint.
+    ///
+    /// # Errors
+    /// When the device has no kernel for its element type.
+    fn pack_dense(&self, name: &str, matrix: &DenseMatrix<'_>) -> Result<Self::DenseMatrix, KernelError>;
+}
+
+/// A number of elements.
+pub trait Length {
+    /// How many elements there are.
+    fn length(&self) -> usize;
+}
+
+/// The shape of a weight matrix in device form.
+pub trait MatrixShape {
+    /// Number of outputs.
+    fn out_features(&self) -> usize;
+    /// Number of inputs.
+    fn in_features(&self) -> usize;
+    /// Bytes of device memory it holds.
+    fn bytes(&self) -> usize;
+}
+
+/// A device with every operation of a forward pass.
+pub trait Backend:
+    Device
+    + ops::embedding::Embedding
+    + ops::gather_rows::GatherRows
+    + ops::rms_norm::RmsNorm
+    + ops::rotary_embedding::RotaryEmbedding
+    + ops::w4a16_matmul::W4a16Matmul
+    + ops::dense_matmul::DenseMatmul
+    + ops::paged_attention::PagedAttention
+    + ops::silu_mul::SiluMul
+{
+}
+
+impl<D> Backend for D where
+    D: Device
+        + ops::embedding::Embedding
+        + ops::gather_rows::GatherRows
+        + ops::rms_norm::RmsNorm
+        + ops::rotary_embedding::RotaryEmbedding
+        + ops::w4a16_matmul::W4a16Matmul
+        + ops::dense_matmul::DenseMatmul
+        + ops::paged_attention::PagedAttention
+        + ops::silu_mul::SiluMul
+{
+}

@@ -1,0 +1,239 @@
+//! Activations times a matrix in panels: the product behind `w4a16_matmul` and `dense_matmul` on the CPU.
+//!
+//! For each output: `total = 0`; for each chunk of at most 128 inputs in order, `total += scale * sum`,
+//! where `sum` takes the chunk's terms in order ([`super::tile`]); then the bias. The order depends on the
+//! weight's shape alone. Few rows read the weights straight from the packed form; many rows first widen a
+//! chunk once into a buffer that stays in the first-level cache. Both multiply the same values in the same
+//! order, so they agree bit for bit.
+
+use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels};
+use super::simd::{InstructionSet, Simd, dispatch};
+use super::thread_pool::ThreadPool;
+use super::tile::{Columns, FloatColumns, Rows, for_row_tiles, tile};
+
+/// Rows that share one widening of a chunk.
+const ROW_BLOCK: usize = 256;
+/// Up to this many rows read the packed weights directly.
+const DIRECT_ROWS: usize = 2;
+
+/// `output[m, n] = sum over k of input[m, k] * weight[n, k] + bias[n]`, row-major.
+pub(crate) struct PanelProduct<'a, P> {
+    pub(crate) input: &'a [f32],
+    pub(crate) weight: &'a P,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) output: &'a mut [f32],
+    pub(crate) rows: usize,
+}
+
+/// One thread's share: a panel of outputs for a block of rows.
+struct Task<'a, P> {
+    input: &'a [f32],
+    weight: &'a P,
+    bias: Option<&'a [f32]>,
+    output: *mut f32,
+    rows: std::ops::Range<usize>,
+    panel: usize,
+}
+
+#[derive(Clone, Copy)]
+struct SharedOutput(*mut f32);
+// SAFETY: tasks write disjoint panels and row blocks of the output.
+unsafe impl Send for SharedOutput {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOutput {}
+
+impl SharedOutput {
+    fn pointer(self) -> *mut f32 {
+        self.0
+    }
+}
+
+impl<P: Panels> PanelProduct<'_, P> {
+    /// Computes the product on all threads of `pool`.
+    ///
+    /// # Panics
+    /// When the slices are shorter than `rows` times the weight's features: callers check their arguments.
+    pub(crate) fn run(self, set: InstructionSet, pool: &ThreadPool) {
+        let (out, inputs) = (self.weight.out_features(), self.weight.in_features());
+        assert!(self.input.len() >= self.rows * inputs && self.output.len() >= self.rows * out);
+        assert!(self.bias.is_none_or(|bias| bias.len() >= out));
+        let output = SharedOutput(self.output.as_mut_ptr());
+        let panels = out.div_ceil(PANEL_COLUMNS);
+        let row_blocks = self.rows.div_ceil(ROW_BLOCK);
+        let (input, weight, bias, rows) = (self.input, self.weight, self.bias, self.rows);
+        pool.run(panels * row_blocks, &|index| {
+            let first = index / panels * ROW_BLOCK;
+            let task = Task {
+                input,
+                weight,
+                bias,
+                output: output.pointer(),
+                rows: first..rows.min(first + ROW_BLOCK),
+                panel: index % panels,
+            };
+            run_task(set, &task);
+        });
+    }
+}
+
+fn run_task<P: Panels>(set: InstructionSet, task: &Task<'_, P>) {
+    // SAFETY: `set` was detected on this processor; `PanelProduct::run` checked the sizes.
+    unsafe { dispatch!(set, <P: Panels> compute(task: &Task<'_, P>)) }
+}
+
+#[inline(always)]
+unsafe fn compute<S: Simd, P: Panels>(task: &Task<'_, P>) {
+    // SAFETY: the caller's promise; 32 columns are 2 vectors of 16 or 4 of 8.
+    unsafe {
+        match (task.rows.len(), PANEL_COLUMNS / S::WIDTH) {
+            (0, _) => {}
+            (1..=DIRECT_ROWS, 2) => compute_direct::<S, P, 2>(task),
+            (1..=DIRECT_ROWS, _) => compute_direct::<S, P, 4>(task),
+            _ => compute_widened::<S, P>(task),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn compute_direct<S: Simd, P: Panels, const V: usize>(task: &Task<'_, P>) {
+    let inputs = task.weight.in_features();
+    let mut gathered = [0.0f32; CHUNK_DEPTH];
+    for row in task.rows.clone() {
+        let activations = &task.input[row * inputs..(row + 1) * inputs];
+        // SAFETY: chunks lie within the weight, V vectors are exactly one panel, and the row has as many
+        // activations as the weight has inputs.
+        unsafe {
+            let mut totals = [S::splat(0.0); V];
+            let mut start = 0;
+            while start < inputs {
+                let depth = task.weight.chunk_depth(start);
+                let rows = match task.weight.permutation() {
+                    None => Rows { from: activations[start..].as_ptr(), stride: 0 },
+                    Some(permutation) => {
+                        gather(&mut gathered, activations, &permutation[start..start + depth]);
+                        Rows { from: gathered.as_ptr(), stride: 0 }
+                    }
+                };
+                let columns = task.weight.chunk::<S, V>(task.panel, start, 0);
+                let [sums] = tile::<S, _, 1, V>(rows, columns, depth);
+                for (vector, (total, sum)) in totals.iter_mut().zip(sums).enumerate() {
+                    let scale = task.weight.scale::<S>(task.panel, start, vector * S::WIDTH);
+                    *total = S::multiply_add(scale, sum, *total);
+                }
+                start += depth;
+            }
+            let mut values = [0.0; PANEL_COLUMNS];
+            for (vector, total) in totals.into_iter().enumerate() {
+                S::store(values.as_mut_ptr().add(vector * S::WIDTH), total);
+            }
+            write_row(task, row, &values);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn compute_widened<S: Simd, P: Panels>(task: &Task<'_, P>) {
+    let inputs = task.weight.in_features();
+    let rows = task.rows.len();
+    let mut totals = [0.0f32; ROW_BLOCK * PANEL_COLUMNS];
+    let mut widened = [0.0f32; CHUNK_DEPTH * PANEL_COLUMNS];
+    let mut start = 0;
+    while start < inputs {
+        let depth = task.weight.chunk_depth(start);
+        let mut scales = [0.0f32; PANEL_COLUMNS];
+        for column in (0..PANEL_COLUMNS).step_by(S::WIDTH) {
+            // SAFETY: the chunk lies within the weight; `widened` holds 128 depths of 32 columns.
+            unsafe {
+                let chunk = task.weight.chunk::<S, 1>(task.panel, start, column);
+                widen::<S, _>(chunk, depth, widened[column..].as_mut_ptr());
+                S::store(scales[column..].as_mut_ptr(), task.weight.scale::<S>(task.panel, start, column));
+            }
+        }
+        let chunk = WidenedChunk { start, depth, columns: &widened, scales: &scales };
+        for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(task, &chunk, row, &mut totals));
+        start += depth;
+    }
+    for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
+        // SAFETY: this task alone writes its panel of its rows.
+        unsafe { write_row(task, row, values) };
+    }
+}
+
+/// A chunk of one panel as `f32`.
+struct WidenedChunk<'a> {
+    start: usize,
+    depth: usize,
+    columns: &'a [f32; CHUNK_DEPTH * PANEL_COLUMNS],
+    scales: &'a [f32; PANEL_COLUMNS],
+}
+
+/// Adds the chunk's scaled sums to the totals of `M` rows from `row` of the block on.
+#[inline(always)]
+unsafe fn add_tile<S: Simd, P: Panels, const M: usize>(
+    task: &Task<'_, P>,
+    chunk: &WidenedChunk<'_>,
+    row: usize,
+    totals: &mut [f32; ROW_BLOCK * PANEL_COLUMNS],
+) {
+    let inputs = task.weight.in_features();
+    let first = (task.rows.start + row) * inputs;
+    let mut gathered = [[0.0f32; CHUNK_DEPTH]; M];
+    let activations = match task.weight.permutation() {
+        None => Rows { from: task.input[first + chunk.start..].as_ptr(), stride: inputs },
+        Some(permutation) => {
+            for (member, gathered) in gathered.iter_mut().enumerate() {
+                let activations = &task.input[first + member * inputs..first + (member + 1) * inputs];
+                gather(gathered, activations, &permutation[chunk.start..chunk.start + chunk.depth]);
+            }
+            Rows { from: gathered.as_ptr().cast(), stride: CHUNK_DEPTH }
+        }
+    };
+    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
+        // SAFETY: M rows of the block remain, each with `inputs` activations; the buffers hold a whole
+        // panel for each depth and row.
+        unsafe {
+            let columns = FloatColumns { from: chunk.columns[column..].as_ptr(), stride: PANEL_COLUMNS };
+            let sums = tile::<S, _, M, 2>(activations, columns, chunk.depth);
+            for (member, sums) in sums.into_iter().enumerate() {
+                for (vector, sum) in sums.into_iter().enumerate() {
+                    let column = column + vector * S::WIDTH;
+                    let total = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column);
+                    let scale = S::load(chunk.scales.as_ptr().add(column));
+                    S::store(total, S::multiply_add(scale, sum, S::load(total)));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn widen<S: Simd, C: Columns<S>>(columns: C, depth: usize, to: *mut f32) {
+    // SAFETY: the caller gives room for `depth` rows of a panel.
+    unsafe {
+        for index in 0..depth {
+            S::store(to.add(index * PANEL_COLUMNS), columns.load(index & !7, index & 7, 0));
+        }
+    }
+}
+
+fn gather(to: &mut [f32], activations: &[f32], permutation: &[u32]) {
+    for (to, &input) in to.iter_mut().zip(permutation) {
+        *to = activations[input as usize];
+    }
+}
+
+/// Adds the bias and writes those columns of the panel that exist.
+///
+/// # Safety
+/// No other thread writes this panel of this row.
+#[inline(always)]
+unsafe fn write_row<P: Panels>(task: &Task<'_, P>, row: usize, values: &[f32]) {
+    let out = task.weight.out_features();
+    let first = task.panel * PANEL_COLUMNS;
+    let columns = PANEL_COLUMNS.min(out - first);
+    for (column, &value) in values[..columns].iter().enumerate() {
+        let bias = task.bias.map_or(0.0, |bias| bias[first + column]);
+        // SAFETY: `PanelProduct::run` checked that the output has this row; the panel is this task's.
+        unsafe { *task.output.add(row * out + first + column) = value + bias };
+    }
+}

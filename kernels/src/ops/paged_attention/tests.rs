@@ -1,0 +1,141 @@
+use super::{Args, BLOCK_SIZE, PagedAttention, cache_elements, key_offset, reference, value_offset};
+use crate::backend::Device;
+use crate::device::cpu::{Cpu, CpuBuffer, InstructionSet};
+use crate::testing::{random, upload};
+
+const HEADS: usize = 6;
+const KV_HEADS: usize = 2;
+
+/// Keys and values of one sequence of `tokens` tokens, and a cache that holds them in scattered blocks.
+struct World {
+    head_dim: usize,
+    tokens: usize,
+    query: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    key_cache: CpuBuffer,
+    value_cache: CpuBuffer,
+    block_table: Vec<u32>,
+}
+
+impl World {
+    fn new(cpu: &Cpu, tokens: usize, head_dim: usize) -> Self {
+        let used = tokens.div_ceil(BLOCK_SIZE);
+        let blocks = 2 * used + 1;
+        let block_table: Vec<u32> = (0..used as u32).rev().map(|block| 2 * block + 1).collect();
+        let query = random(tokens * HEADS * head_dim, 1).iter().map(|value| value * 4.0).collect();
+        let keys = random(tokens * KV_HEADS * head_dim, 2);
+        let values = random(tokens * KV_HEADS * head_dim, 3);
+        // What lies in blocks and slots of others must not matter, not even when it is not a number.
+        let elements = cache_elements(blocks, KV_HEADS, head_dim);
+        let mut key_cache = upload(cpu, &vec![f32::NAN; elements]);
+        let mut value_cache = upload(cpu, &vec![f32::NAN; elements]);
+        for token in 0..tokens {
+            let (block, offset) = (block_table[token / BLOCK_SIZE] as usize, token % BLOCK_SIZE);
+            for head in 0..KV_HEADS {
+                for element in 0..head_dim {
+                    let from = (token * KV_HEADS + head) * head_dim + element;
+                    let key = key_offset(block, head, KV_HEADS, head_dim) + element * BLOCK_SIZE + offset;
+                    key_cache[key] = keys[from];
+                    let value = value_offset(block, head, KV_HEADS, head_dim) + offset * head_dim + element;
+                    value_cache[value] = values[from];
+                }
+            }
+        }
+        Self { head_dim, tokens, query, keys, values, key_cache, value_cache, block_table }
+    }
+
+    /// Attention of tokens `first..first + rows`, as `copies` sequences at once.
+    fn attend(&self, cpu: &Cpu, first: usize, rows: usize, copies: usize, window: usize) -> Vec<f32> {
+        let width = HEADS * self.head_dim;
+        let queries = self.query[first * width..(first + rows) * width].repeat(copies);
+        let words: Vec<u32> =
+            (0..copies).flat_map(|copy| [(copy * rows) as u32, rows as u32, first as u32, 0]).collect();
+        let mut sequences = cpu.indices(words.len());
+        cpu.write_indices(&words, &mut sequences).unwrap();
+        let mut block_tables = cpu.indices(self.block_table.len());
+        cpu.write_indices(&self.block_table, &mut block_tables).unwrap();
+        let mut output = cpu.buffer(copies * rows * width);
+        cpu.paged_attention(Args {
+            query: &upload(cpu, &queries),
+            key_cache: &self.key_cache,
+            value_cache: &self.value_cache,
+            sequences: &sequences,
+            block_tables: &block_tables,
+            output: &mut output,
+            sequence_count: copies,
+            rows: copies * rows,
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: self.head_dim,
+            window,
+        })
+        .unwrap();
+        output.to_vec()
+    }
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_reference() {
+    for set in InstructionSet::available() {
+        let cpu = Cpu::with_instruction_set(2, set);
+        for (tokens, head_dim, window) in
+            [(1, 64, usize::MAX), (16, 16, usize::MAX), (75, 80, usize::MAX), (75, 64, 20), (60, 128, 1)]
+        {
+            let world = World::new(&cpu, tokens, head_dim);
+            let output = world.attend(&cpu, 0, tokens, 1, window);
+            let head = |source: &[f32], token: usize, heads: usize, head: usize| {
+                source[(token * heads + head) * head_dim..][..head_dim].to_vec()
+            };
+            for token in 0..tokens {
+                let first = (token + 1).saturating_sub(window);
+                for index in 0..HEADS {
+                    let kv_head = index / (HEADS / KV_HEADS);
+                    let keys: Vec<f32> =
+                        (first..=token).flat_map(|key| head(&world.keys, key, KV_HEADS, kv_head)).collect();
+                    let values: Vec<f32> =
+                        (first..=token).flat_map(|key| head(&world.values, key, KV_HEADS, kv_head)).collect();
+                    let expected =
+                        reference::attention(&head(&world.query, token, HEADS, index), &keys, &values);
+                    let found = head(&output, token, HEADS, index);
+                    for (found, expected) in found.iter().zip(expected) {
+                        assert!(
+                            (found - expected).abs() < 3e-6,
+                            "{set:?} {tokens} {head_dim} {found} {expected}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_query_has_the_same_bits_in_any_chunk_and_any_batch() {
+    for set in InstructionSet::available() {
+        let cpu = Cpu::with_instruction_set(2, set);
+        let world = World::new(&cpu, 70, 64);
+        let width = HEADS * world.head_dim;
+        for window in [usize::MAX, 23] {
+            let whole = world.attend(&cpu, 0, world.tokens, 1, window);
+            for chunk in [1, 5, 16, 33] {
+                for first in (0..world.tokens).step_by(chunk) {
+                    let rows = chunk.min(world.tokens - first);
+                    let part = world.attend(&cpu, first, rows, 3, window);
+                    let expected = whole[first * width..(first + rows) * width].repeat(3);
+                    assert_eq!(part, expected, "{set:?} chunk {chunk} first {first}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn unsupported_heads_are_refused_by_name() {
+    for (heads, kv_heads, head_dim, name) in
+        [(6, 4, 64, "heads"), (6, 2, 60, "head_dim"), (6, 2, 272, "head_dim"), (98, 2, 64, "heads")]
+    {
+        let message = super::check_heads(heads, kv_heads, head_dim).unwrap_err().to_string();
+        assert!(message.contains(name), "{message}");
+    }
+}

@@ -1,0 +1,72 @@
+use super::{Args, RotaryEmbedding};
+use crate::backend::Device;
+use crate::device::cpu::Cpu;
+use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
+use crate::testing::{random, upload};
+
+#[test]
+fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
+    let cpu = Cpu::new(1);
+    let (rows, heads, kv_heads, head_dim, blocks) = (3, 4, 2, 8, 3);
+    let half = head_dim / 2;
+    let angle = |position: usize, index: usize| position as f32 * 0.3 / (index + 1) as f32;
+    let table = |function: fn(f32) -> f32| -> Vec<f32> {
+        (0..64 * half).map(|index| function(angle(index / half, index % half))).collect()
+    };
+    let (query, key) = (random(rows * heads * head_dim, 1), random(rows * kv_heads * head_dim, 2));
+    let value = random(rows * kv_heads * head_dim, 3);
+    let (positions, slots) = ([0u32, 5, 63], [17u32, 2, 47]);
+    let mut rotated_query = upload(&cpu, &query);
+    let mut rotated_key = upload(&cpu, &key);
+    let mut key_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE);
+    let mut value_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE);
+    let (mut position_indices, mut slot_indices) = (cpu.indices(rows), cpu.indices(rows));
+    cpu.write_indices(&positions, &mut position_indices).unwrap();
+    cpu.write_indices(&slots, &mut slot_indices).unwrap();
+    cpu.rotary_embedding(Args {
+        query: &mut rotated_query,
+        key: &mut rotated_key,
+        value: &upload(&cpu, &value),
+        cosines: &upload(&cpu, &table(f32::cos)),
+        sines: &upload(&cpu, &table(f32::sin)),
+        positions: &position_indices,
+        slots: &slot_indices,
+        key_cache: &mut key_cache,
+        value_cache: &mut value_cache,
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+    })
+    .unwrap();
+    let expected = |source: &[f32], first: usize, position: u32, element: usize| {
+        let index = element % half;
+        let angle = f64::from(angle(position as usize, index));
+        let (lower, upper) = (f64::from(source[first + index]), f64::from(source[first + index + half]));
+        if element < half {
+            lower * angle.cos() - upper * angle.sin()
+        } else {
+            upper * angle.cos() + lower * angle.sin()
+        }
+    };
+    for row in 0..rows {
+        for element in 0..heads * head_dim {
+            let first = row * heads * head_dim + element / head_dim * head_dim;
+            let wanted = expected(&query, first, positions[row], element % head_dim);
+            assert!((f64::from(rotated_query[row * heads * head_dim + element]) - wanted).abs() < 1e-6);
+        }
+        let (block, offset) = (slots[row] as usize / BLOCK_SIZE, slots[row] as usize % BLOCK_SIZE);
+        for head in 0..kv_heads {
+            let first = (row * kv_heads + head) * head_dim;
+            for element in 0..head_dim {
+                let wanted = expected(&key, first, positions[row], element);
+                let cached =
+                    key_cache[key_offset(block, head, kv_heads, head_dim) + element * BLOCK_SIZE + offset];
+                assert!((f64::from(cached) - wanted).abs() < 1e-6);
+                let cached =
+                    value_cache[value_offset(block, head, kv_heads, head_dim) + offset * head_dim + element];
+                assert_eq!(cached, value[first + element]);
+            }
+        }
+    }
+}
