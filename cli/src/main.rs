@@ -2,10 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
-mod commands;
 
 use clap::Parser;
 
-fn main() -> anyhow::Result<()> {
-    arguments::Arguments::parse().command.run()
+fn main() {
+    arguments::Arguments::parse();
 }
