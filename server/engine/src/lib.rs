@@ -1,2 +1,18 @@
 //! Scheduler, KV blocks, sampling and the engine thread. No tokio, no HTTP.
+//!
+//! The way of a request: [`EngineHandle::submit`] checks it and sends it to the one engine thread; there the
+//! scheduler plans a step, a [`StepRunner`] computes its logits, the sampler picks the tokens, and every
+//! token goes to the request's [`EventSink`], ending with exactly one terminal event.
 #![forbid(unsafe_code)]
+
+mod handle;
+mod request;
+mod runner;
+mod sampling;
+mod stats;
+
+pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
+pub use request::{EventSink, FinishReason, Request, RequestEvent, RequestId, SinkState};
+pub use runner::{RunnerLimits, StepError, StepRunner};
+pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
+pub use stats::{EngineStats, FinishedCounts, Histogram};

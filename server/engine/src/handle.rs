@@ -1,0 +1,266 @@
+//! The engine as other threads see it: submit, abort, drain, statistics, health.
+//!
+//! A submission is checked on the caller's thread against limits that never change, and takes its place in
+//! the queue under one short lock, so that no caller ever waits for a step.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::request::{EventSink, Request, RequestId};
+use crate::runner::RunnerLimits;
+use crate::sampling::{InvalidParameter, in_vocabulary};
+use crate::stats::EngineStats;
+
+/// How the engine runs; see each field for what it trades.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most sequences in one step, at least 1.
+    pub max_running_sequences: usize,
+    /// Most tokens in one step, prefill and decode together, at least 1. Larger steps prefill faster; smaller
+    /// ones let running sequences stutter less while another's prompt is computed.
+    pub max_step_tokens: usize,
+    /// Most prompt tokens of one sequence in one step, at least 1.
+    pub max_prefill_chunk_tokens: usize,
+    /// Most requests that wait for their first step; more are refused.
+    pub max_waiting_requests: usize,
+    /// Seeds of requests that bring none are derived from this and the request's id.
+    pub seed: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_running_sequences: 256,
+            max_step_tokens: 2048,
+            max_prefill_chunk_tokens: 512,
+            max_waiting_requests: 1024,
+            seed: 0,
+        }
+    }
+}
+
+/// Why a request was not accepted. Its sink got no event.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The prompt is empty.
+    #[error("the prompt is empty, expected at least one token")]
+    EmptyPrompt,
+    /// A prompt token or a sampling parameter is outside its range.
+    #[error(transparent)]
+    Invalid(#[from] InvalidParameter),
+    /// The sequence could never be held, whatever else runs.
+    #[error(
+        "the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together more than the \
+         {maximum_tokens} tokens that the model or its KV cache can hold; shorten the prompt or lower max_tokens"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens asked for.
+        max_tokens: usize,
+        /// The longest sequence that fits, prompt and completion together.
+        maximum_tokens: usize,
+    },
+    /// Too many requests wait already; one may be accepted later.
+    #[error("{waiting} requests wait already, at most {limit} may; try again later")]
+    QueueFull {
+        /// Requests that wait for their first step.
+        waiting: usize,
+        /// The most that may.
+        limit: usize,
+    },
+    /// The engine finishes what it accepted and takes no more.
+    #[error("the engine is shutting down and accepts no more requests")]
+    ShuttingDown,
+    /// The engine stopped after an error.
+    #[error("the engine has failed: {message}")]
+    EngineFailed {
+        /// What stopped it.
+        message: String,
+    },
+}
+
+/// Whether the engine works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Accepts requests.
+    Ready,
+    /// Finishes what it accepted and takes no more.
+    Draining,
+    /// Ended in order; nothing is open.
+    Stopped,
+    /// Ended by an error; every open request got a `Failed` event.
+    Failed {
+        /// What happened.
+        message: String,
+    },
+}
+
+/// What handles ask of the engine thread.
+pub(crate) enum Command {
+    Submit(Submission),
+    Abort(RequestId),
+    /// Finish what was accepted, abort what is left at the deadline, then stop.
+    Drain {
+        deadline: Instant,
+    },
+}
+
+/// A request that passed every check a handle can make.
+pub(crate) struct Submission {
+    pub(crate) id: RequestId,
+    pub(crate) request: Request,
+    pub(crate) sink: Box<dyn EventSink>,
+    pub(crate) submitted_at: Instant,
+}
+
+/// What the engine thread and the handles both see.
+pub(crate) struct Shared {
+    pub(crate) limits: RunnerLimits,
+    pub(crate) config: EngineConfig,
+    state: Mutex<SharedState>,
+}
+
+/// The changing part of [`Shared`]: locked for a few assignments, never during a step.
+pub(crate) struct SharedState {
+    pub(crate) health: Health,
+    pub(crate) stats: EngineStats,
+    /// Requests accepted so far: also the next request's id.
+    pub(crate) submitted: u64,
+    /// Submissions that the engine thread has taken from the channel.
+    pub(crate) received: u64,
+    /// Of those, the ones that have not had their first step; as of the last publication.
+    pub(crate) not_started: usize,
+    /// When the last step completed, or when work arrived after idleness; absent when idle.
+    pub(crate) working_since: Option<Instant>,
+}
+
+impl Shared {
+    pub(crate) fn new(limits: RunnerLimits, config: EngineConfig) -> Self {
+        let stats = EngineStats::new(limits.blocks, limits.block_size);
+        let state = SharedState {
+            health: Health::Ready,
+            stats,
+            submitted: 0,
+            received: 0,
+            not_started: 0,
+            working_since: None,
+        };
+        Self { limits, config, state: Mutex::new(state) }
+    }
+
+    /// The changing part. A panic elsewhere cannot leave it half-written in a way that matters: every writer
+    /// only assigns whole values.
+    pub(crate) fn state(&self) -> MutexGuard<'_, SharedState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The longest sequence that fits the model and the whole KV cache. The last token generated is never
+    /// fed back, so it needs no place in the cache.
+    fn maximum_tokens(&self) -> usize {
+        self.limits.maximum_sequence_tokens.min(self.limits.blocks * self.limits.block_size + 1)
+    }
+}
+
+/// Talks to a running engine; clones share it. When the last one is gone the engine finishes what it accepted
+/// and stops.
+#[derive(Clone)]
+pub struct EngineHandle {
+    commands: Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    pub(crate) fn new(commands: Sender<Command>, shared: Arc<Shared>) -> Self {
+        Self { commands, shared }
+    }
+
+    /// Queues a request; its events go to `sink`, from the engine thread, ending with exactly one terminal
+    /// event. Never waits for a step.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]. On an error `sink` gets no event.
+    pub fn submit(&self, request: Request, sink: Box<dyn EventSink>) -> Result<RequestId, SubmitError> {
+        self.check(&request)?;
+        let mut state = self.shared.state();
+        match &state.health {
+            Health::Ready => {}
+            Health::Draining | Health::Stopped => return Err(SubmitError::ShuttingDown),
+            Health::Failed { message } => return Err(SubmitError::EngineFailed { message: message.clone() }),
+        }
+        let waiting = (state.submitted - state.received) as usize + state.not_started;
+        let limit = self.shared.config.max_waiting_requests;
+        if waiting >= limit {
+            return Err(SubmitError::QueueFull { waiting, limit });
+        }
+        let id = RequestId(state.submitted);
+        let submission = Submission { id, request, sink, submitted_at: Instant::now() };
+        // Sent under the lock: ids arrive in order, and none arrives after the engine closed the door.
+        if self.commands.send(Command::Submit(submission)).is_err() {
+            return Err(SubmitError::ShuttingDown);
+        }
+        state.submitted += 1;
+        Ok(id)
+    }
+
+    fn check(&self, request: &Request) -> Result<(), SubmitError> {
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        let vocabulary_size = self.shared.limits.vocabulary_size;
+        request.sampling.check(vocabulary_size)?;
+        for &token_id in &request.prompt {
+            in_vocabulary("prompt", token_id, vocabulary_size)?;
+        }
+        let prompt_tokens = request.prompt.len();
+        let max_tokens = request.sampling.max_tokens;
+        let maximum_tokens = self.shared.maximum_tokens();
+        if prompt_tokens.saturating_add(max_tokens) > maximum_tokens {
+            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, maximum_tokens });
+        }
+        Ok(())
+    }
+
+    /// Ends a request with [`crate::FinishReason::Aborted`]; nothing if it has ended already.
+    pub fn abort(&self, id: RequestId) {
+        // A closed channel means that every request has its terminal event already.
+        let _ = self.commands.send(Command::Abort(id));
+    }
+
+    /// Stops admission at once and lets the engine finish what it accepted; what is still open at `deadline`
+    /// is aborted, then the engine stops. Returns at once: [`EngineHandle::health`] turns from
+    /// [`Health::Draining`] to [`Health::Stopped`], and the engine's `join` returns.
+    pub fn drain(&self, deadline: Instant) {
+        let mut state = self.shared.state();
+        if state.health == Health::Ready {
+            state.health = Health::Draining;
+        }
+        // A closed channel means that the engine has stopped already.
+        let _ = self.commands.send(Command::Drain { deadline });
+    }
+
+    /// The counters as of the last step.
+    pub fn stats(&self) -> EngineStats {
+        let state = self.shared.state();
+        let mut stats = state.stats.clone();
+        stats.waiting += (state.submitted - state.received) as usize;
+        stats.last_step_age = state.working_since.map(|since| since.elapsed());
+        stats
+    }
+
+    /// Whether the engine works.
+    pub fn health(&self) -> Health {
+        self.shared.state().health.clone()
+    }
+
+    /// What the runner can hold.
+    pub fn limits(&self) -> &RunnerLimits {
+        &self.shared.limits
+    }
+
+    /// The longest sequence that fits, prompt and completion together, in tokens.
+    pub fn maximum_tokens(&self) -> usize {
+        self.shared.maximum_tokens()
+    }
+}

@@ -1,0 +1,80 @@
+//! What goes into the engine and what comes out: requests, their events, and where the events go.
+
+use std::fmt;
+
+use crate::sampling::{SamplingParameters, TokenLogprobs};
+
+/// Names one submitted request for the life of the engine; later requests have larger ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}", self.0)
+    }
+}
+
+/// One sequence to generate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Token ids of the prompt, special tokens included; at least one.
+    pub prompt: Vec<u32>,
+    /// How to pick tokens and when to stop.
+    pub sampling: SamplingParameters,
+}
+
+/// Why a request ended without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model produced an end-of-sequence token or one of the request's stop tokens.
+    Stop,
+    /// `max_tokens` tokens were produced.
+    Length,
+    /// [`crate::EngineHandle::abort`] was called, the sink closed, or the drain deadline passed.
+    Aborted,
+}
+
+/// What the engine reports about one request: any number of tokens, then exactly one of
+/// [`RequestEvent::Finished`] and [`RequestEvent::Failed`], and nothing after it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RequestEvent {
+    /// The next token of the completion. The token that stops a sequence is not sent as one: it is in
+    /// [`RequestEvent::Finished`].
+    Token {
+        /// The token.
+        token_id: u32,
+        /// Its log probability, when the request asked for it.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The request ended.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// The end-of-sequence or stop token that ended it, for [`FinishReason::Stop`].
+        stop_token: Option<u32>,
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens generated, the stop token included.
+        completion_tokens: usize,
+    },
+    /// The engine could not go on with the request.
+    Failed {
+        /// What happened, for a log and for the client.
+        message: String,
+    },
+}
+
+/// Whether anybody still reads what a sink is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SinkState {
+    /// Events are read.
+    Open,
+    /// The reader is gone: the engine aborts the sequence and frees its KV blocks within one step.
+    Closed,
+}
+
+/// Where the events of one request go. Called on the engine thread: it must not block.
+pub trait EventSink: Send {
+    /// Hands over one event and tells whether the reader is still there.
+    fn send(&mut self, event: RequestEvent) -> SinkState;
+}

@@ -1,0 +1,46 @@
+//! The one dynamic seam of the engine: something that computes the logits of a step.
+
+use nibble_model::forward::{Batch, Logits};
+
+/// What a runner can hold; fixed for its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunnerLimits {
+    /// KV blocks in the cache.
+    pub blocks: usize,
+    /// Tokens a KV block holds.
+    pub block_size: usize,
+    /// Logits in a row; token ids are below it.
+    pub vocabulary_size: usize,
+    /// The longest sequence the model may see, prompt and completion together, in tokens.
+    pub maximum_sequence_tokens: usize,
+    /// Tokens that end a sequence unless the request ignores them.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// A step could not be computed. The runner's state is unknown after it: the engine stops.
+#[derive(Debug, thiserror::Error)]
+#[error("the step failed: {message}")]
+pub struct StepError {
+    message: String,
+}
+
+impl StepError {
+    /// An error that says what happened.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into() }
+    }
+}
+
+/// Computes the logits of a step. Its KV cache persists from step to step under the block numbers that
+/// the batches name.
+pub trait StepRunner: Send {
+    /// What the runner can hold.
+    fn limits(&self) -> RunnerLimits;
+
+    /// Writes keys and values of every row of `batch` into the cache and returns one row of logits for each
+    /// of [`Batch::logit_rows`], in that order.
+    ///
+    /// # Errors
+    /// When the device or the model failed; no later step is tried.
+    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError>;
+}

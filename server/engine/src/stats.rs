@@ -1,0 +1,114 @@
+//! What the engine counts, for metrics and health checks.
+
+use std::time::Duration;
+
+/// Upper bounds of the buckets of times of a request, in seconds: those of vLLM's request histograms.
+const SECONDS: &[f64] = &[
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
+];
+
+/// Upper bounds of the buckets of tokens in a step: those of vLLM's `iteration_tokens_total`.
+const STEP_TOKENS: &[f64] =
+    &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// Counts of observed values by bucket, as Prometheus wants them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Histogram {
+    /// Upper bounds (inclusive) of the buckets, ascending; values above the last are only in `count`.
+    pub bounds: &'static [f64],
+    /// Values in each bucket alone (not cumulative), as many as `bounds`.
+    pub buckets: Vec<u64>,
+    /// Sum of all values.
+    pub sum: f64,
+    /// Number of all values.
+    pub count: u64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Self {
+        Self { bounds, buckets: vec![0; bounds.len()], sum: 0.0, count: 0 }
+    }
+
+    /// Adds one value.
+    pub(crate) fn observe(&mut self, value: f64) {
+        if let Some(bucket) = self.bounds.iter().position(|&bound| value <= bound) {
+            self.buckets[bucket] += 1;
+        }
+        self.sum += value;
+        self.count += 1;
+    }
+}
+
+/// Ended requests by how they ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FinishedCounts {
+    /// By an end-of-sequence or stop token.
+    pub stop: u64,
+    /// By `max_tokens`.
+    pub length: u64,
+    /// By an abort, a closed sink or the drain deadline.
+    pub aborted: u64,
+    /// By an error.
+    pub failed: u64,
+}
+
+/// The engine's counters at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineStats {
+    /// Sequences that hold KV blocks.
+    pub running: usize,
+    /// Sequences that wait for KV blocks, preempted ones included.
+    pub waiting: usize,
+    /// KV blocks in use.
+    pub kv_blocks_used: usize,
+    /// KV blocks in the cache.
+    pub kv_blocks_total: usize,
+    /// Tokens a KV block holds.
+    pub block_size: usize,
+    /// Sequences put back to waiting because KV blocks ran out; each computes its tokens again.
+    pub preemptions: u64,
+    /// Prompt tokens computed, each request's once (what preemption computes again is not counted).
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Steps completed.
+    pub steps: u64,
+    /// While there is work: time since the last step completed or since the work arrived, whichever is
+    /// later. Absent when idle. A large value means that the runner hangs.
+    pub last_step_age: Option<Duration>,
+    /// Ended requests.
+    pub finished: FinishedCounts,
+    /// Tokens computed in a step, prompt and generated.
+    pub step_tokens: Histogram,
+    /// Seconds from submission to the first step, one value per started request.
+    pub queue_seconds: Histogram,
+    /// Seconds from the first step to the first token, one value per request that got one.
+    pub prefill_seconds: Histogram,
+    /// Seconds from the first to the last token, one value per request that finished with
+    /// [`crate::FinishReason::Stop`] or [`crate::FinishReason::Length`].
+    pub decode_seconds: Histogram,
+}
+
+impl EngineStats {
+    /// Counters of an engine that has done nothing yet.
+    pub(crate) fn new(kv_blocks_total: usize, block_size: usize) -> Self {
+        Self {
+            running: 0,
+            waiting: 0,
+            kv_blocks_used: 0,
+            kv_blocks_total,
+            block_size,
+            preemptions: 0,
+            prompt_tokens: 0,
+            generation_tokens: 0,
+            steps: 0,
+            last_step_age: None,
+            finished: FinishedCounts::default(),
+            step_tokens: Histogram::new(STEP_TOKENS),
+            queue_seconds: Histogram::new(SECONDS),
+            prefill_seconds: Histogram::new(SECONDS),
+            decode_seconds: Histogram::new(SECONDS),
+        }
+    }
+}
