@@ -1,3 +1,8 @@
 //! Checkpoints, tokenizer, chat template, architectures and the forward pass. Knows models, not requests.
 
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+pub mod evaluation;
+pub mod formats;
 pub mod forward;

@@ -1,0 +1,303 @@
+//! One decoder layer: attention and gated feed-forward, each on a normed copy of the residual stream.
+//!
+//! ```text
+//! residual += addend;     x = rms_norm(residual)
+//! q, k, v = projections(x); (norm q, k heads); rotate; write cache; a = attention(q, cache)
+//! residual += o(a);       x = rms_norm(residual)
+//! addend   = down(silu(gate(x)) * up(x))          added by the norm that comes next
+//! ```
+
+use nibble_kernels::KernelError;
+use nibble_kernels::backend::Backend;
+use nibble_kernels::ops::{paged_attention, rms_norm, rotary_embedding, silu_mul};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::forward::ModelError;
+use crate::forward::linear::{Linear, LinearSpec, upload};
+use crate::forward::rotary::RotaryTables;
+use crate::forward::step::Step;
+
+/// The linear layers of a decoder layer, in the order they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LinearRole {
+    /// Query projection.
+    Query,
+    /// Key projection.
+    Key,
+    /// Value projection.
+    Value,
+    /// Output projection of attention.
+    AttentionOutput,
+    /// Gate projection.
+    Gate,
+    /// Up projection.
+    Up,
+    /// Down projection.
+    Down,
+}
+
+impl LinearRole {
+    /// All of them, in the order they run.
+    pub const ALL: [Self; 7] =
+        [Self::Query, Self::Key, Self::Value, Self::AttentionOutput, Self::Gate, Self::Up, Self::Down];
+
+    /// The name and shape of this linear layer in decoder layer `layer`.
+    pub fn spec(self, config: &ModelConfig, layer: usize) -> LinearSpec {
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let (name, out_features, in_features, bias) = match self {
+            Self::Query => ("self_attn.q_proj", query, hidden, config.attention_bias),
+            Self::Key => ("self_attn.k_proj", key, hidden, config.attention_bias),
+            Self::Value => ("self_attn.v_proj", key, hidden, config.attention_bias),
+            Self::AttentionOutput => ("self_attn.o_proj", hidden, query, config.attention_output_bias),
+            Self::Gate => ("mlp.gate_proj", intermediate, hidden, config.mlp_bias),
+            Self::Up => ("mlp.up_proj", intermediate, hidden, config.mlp_bias),
+            Self::Down => ("mlp.down_proj", hidden, intermediate, config.mlp_bias),
+        };
+        LinearSpec { name: format!("model.layers.{layer}.{name}"), out_features, in_features, bias }
+    }
+}
+
+/// The weights of one decoder layer on a device.
+pub struct DecoderLayer<B: Backend> {
+    input_norm: B::Buffer,
+    query: Linear<B>,
+    key: Linear<B>,
+    value: Linear<B>,
+    head_norms: Option<HeadNorms<B>>,
+    attention_output: Linear<B>,
+    post_attention_norm: B::Buffer,
+    gate: Linear<B>,
+    up: Linear<B>,
+    down: Linear<B>,
+}
+
+struct HeadNorms<B: Backend> {
+    query: B::Buffer,
+    key: B::Buffer,
+}
+
+/// Keys and values of one layer, in the layout of [`paged_attention`].
+pub(crate) struct LayerCache<B: Backend> {
+    keys: B::Buffer,
+    values: B::Buffer,
+}
+
+impl<B: Backend> LayerCache<B> {
+    /// A zeroed cache of `blocks` blocks.
+    pub(crate) fn new(backend: &B, config: &ModelConfig, blocks: usize) -> Self {
+        let elements = paged_attention::cache_elements(blocks, config.kv_heads, config.head_dim);
+        Self { keys: backend.buffer(elements), values: backend.buffer(elements) }
+    }
+}
+
+/// The activations of a step, allocated once for the largest step.
+pub(crate) struct Activations<B: Backend> {
+    /// `[rows, hidden]`: the sum of everything so far.
+    pub(crate) residual: B::Buffer,
+    /// `[rows, hidden]`: the output of the block before, not yet added.
+    pub(crate) addend: B::Buffer,
+    pub(crate) normed: B::Buffer,
+    query: B::Buffer,
+    normed_query: B::Buffer,
+    key: B::Buffer,
+    normed_key: B::Buffer,
+    value: B::Buffer,
+    attention: B::Buffer,
+    gate: B::Buffer,
+    up: B::Buffer,
+    gated: B::Buffer,
+}
+
+impl<B: Backend> Activations<B> {
+    /// Buffers for steps of up to `rows` rows.
+    pub(crate) fn new(backend: &B, config: &ModelConfig, rows: usize) -> Self {
+        let query = rows * config.heads * config.head_dim;
+        let key = rows * config.kv_heads * config.head_dim;
+        let normed_heads = |elements| backend.buffer(if config.query_key_norm { elements } else { 0 });
+        Self {
+            residual: backend.buffer(rows * config.hidden_size),
+            addend: backend.buffer(rows * config.hidden_size),
+            normed: backend.buffer(rows * config.hidden_size),
+            query: backend.buffer(query),
+            normed_query: normed_heads(query),
+            key: backend.buffer(key),
+            normed_key: normed_heads(key),
+            value: backend.buffer(key),
+            attention: backend.buffer(query),
+            gate: backend.buffer(rows * config.intermediate_size),
+            up: backend.buffer(rows * config.intermediate_size),
+            gated: backend.buffer(rows * config.intermediate_size),
+        }
+    }
+}
+
+/// What a layer needs besides its weights, its cache and the activations.
+pub(crate) struct LayerContext<'a, B: Backend> {
+    pub(crate) backend: &'a B,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) rotary: &'a RotaryTables<B>,
+    pub(crate) step: &'a Step<B>,
+}
+
+impl<B: Backend> DecoderLayer<B> {
+    /// Reads layer `index` from `checkpoint`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or malformed, or the device has no kernel for it.
+    pub fn load(backend: &B, checkpoint: &Checkpoint, index: usize) -> Result<Self, ModelError> {
+        Self::load_with(backend, checkpoint, index, |role| {
+            Linear::load(backend, checkpoint, &role.spec(checkpoint.config(), index))
+        })
+    }
+
+    /// Reads the norms of layer `index` from `checkpoint` and takes each linear layer from `linear`.
+    ///
+    /// # Errors
+    /// When a norm is missing or malformed, and those of `linear`.
+    pub fn load_with<E: From<ModelError>>(
+        backend: &B,
+        checkpoint: &Checkpoint,
+        index: usize,
+        mut linear: impl FnMut(LinearRole) -> Result<Linear<B>, E>,
+    ) -> Result<Self, E> {
+        let config = checkpoint.config();
+        let norm = |name: &str, length: usize| -> Result<B::Buffer, ModelError> {
+            let values = checkpoint.vector(&format!("model.layers.{index}.{name}.weight"), length)?;
+            Ok(upload(backend, &values)?)
+        };
+        let head_norms = if config.query_key_norm {
+            Some(HeadNorms {
+                query: norm("self_attn.q_norm", config.head_dim)?,
+                key: norm("self_attn.k_norm", config.head_dim)?,
+            })
+        } else {
+            None
+        };
+        Ok(Self {
+            input_norm: norm("input_layernorm", config.hidden_size)?,
+            query: linear(LinearRole::Query)?,
+            key: linear(LinearRole::Key)?,
+            value: linear(LinearRole::Value)?,
+            head_norms,
+            attention_output: linear(LinearRole::AttentionOutput)?,
+            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
+            gate: linear(LinearRole::Gate)?,
+            up: linear(LinearRole::Up)?,
+            down: linear(LinearRole::Down)?,
+        })
+    }
+
+    /// Replaces one linear layer, as the quantizer does once it has quantized it.
+    pub fn replace(&mut self, role: LinearRole, linear: Linear<B>) {
+        *match role {
+            LinearRole::Query => &mut self.query,
+            LinearRole::Key => &mut self.key,
+            LinearRole::Value => &mut self.value,
+            LinearRole::AttentionOutput => &mut self.attention_output,
+            LinearRole::Gate => &mut self.gate,
+            LinearRole::Up => &mut self.up,
+            LinearRole::Down => &mut self.down,
+        } = linear;
+    }
+
+    /// Runs the layer over the rows of a step: adds to `residual`, and leaves its last output in `addend`.
+    ///
+    /// `first` says that there is no addend yet.
+    pub(crate) fn forward(
+        &self,
+        context: &LayerContext<'_, B>,
+        cache: &mut LayerCache<B>,
+        activations: &mut Activations<B>,
+        first: bool,
+    ) -> Result<(), KernelError> {
+        let LayerContext { backend, config, step, .. } = *context;
+        let rows = step.rows;
+        let hidden_norm = |activations: &mut Activations<B>, weight: &B::Buffer, add: bool| {
+            backend.rms_norm(rms_norm::Args {
+                residual: &mut activations.residual,
+                addend: add.then_some(&activations.addend),
+                weight,
+                output: &mut activations.normed,
+                rows,
+                width: config.hidden_size,
+                epsilon: config.rms_norm_epsilon,
+            })
+        };
+        hidden_norm(activations, &self.input_norm, !first)?;
+        self.attend(context, cache, activations)?;
+        hidden_norm(activations, &self.post_attention_norm, true)?;
+        self.gate.forward(backend, &activations.normed, &mut activations.gate, rows)?;
+        self.up.forward(backend, &activations.normed, &mut activations.up, rows)?;
+        backend.silu_mul(silu_mul::Args {
+            gate: &activations.gate,
+            up: &activations.up,
+            output: &mut activations.gated,
+            elements: rows * config.intermediate_size,
+        })?;
+        self.down.forward(backend, &activations.gated, &mut activations.addend, rows)
+    }
+
+    fn attend(
+        &self,
+        context: &LayerContext<'_, B>,
+        cache: &mut LayerCache<B>,
+        activations: &mut Activations<B>,
+    ) -> Result<(), KernelError> {
+        let LayerContext { backend, config, rotary, step } = *context;
+        let (rows, heads, kv_heads, head_dim) = (step.rows, config.heads, config.kv_heads, config.head_dim);
+        self.query.forward(backend, &activations.normed, &mut activations.query, rows)?;
+        self.key.forward(backend, &activations.normed, &mut activations.key, rows)?;
+        self.value.forward(backend, &activations.normed, &mut activations.value, rows)?;
+        if let Some(norms) = &self.head_norms {
+            let head_norm = |input: &mut B::Buffer, output: &mut B::Buffer, weight, rows| {
+                let epsilon = config.rms_norm_epsilon;
+                let args = rms_norm::Args {
+                    residual: input,
+                    addend: None,
+                    weight,
+                    output,
+                    rows,
+                    width: head_dim,
+                    epsilon,
+                };
+                backend.rms_norm(args)
+            };
+            head_norm(&mut activations.query, &mut activations.normed_query, &norms.query, rows * heads)?;
+            head_norm(&mut activations.key, &mut activations.normed_key, &norms.key, rows * kv_heads)?;
+            std::mem::swap(&mut activations.query, &mut activations.normed_query);
+            std::mem::swap(&mut activations.key, &mut activations.normed_key);
+        }
+        backend.rotary_embedding(rotary_embedding::Args {
+            query: &mut activations.query,
+            key: &mut activations.key,
+            value: &activations.value,
+            cosines: &rotary.cosines,
+            sines: &rotary.sines,
+            positions: &step.positions,
+            slots: &step.slots,
+            key_cache: &mut cache.keys,
+            value_cache: &mut cache.values,
+            rows,
+            heads,
+            kv_heads,
+            head_dim,
+        })?;
+        backend.paged_attention(paged_attention::Args {
+            query: &activations.query,
+            key_cache: &cache.keys,
+            value_cache: &cache.values,
+            sequences: &step.sequences,
+            block_tables: &step.block_tables,
+            output: &mut activations.attention,
+            sequence_count: step.sequence_count,
+            rows,
+            heads,
+            kv_heads,
+            head_dim,
+            window: config.sliding_window.unwrap_or(usize::MAX),
+        })?;
+        self.attention_output.forward(backend, &activations.attention, &mut activations.addend, rows)
+    }
+}

@@ -1,0 +1,119 @@
+//! A linear layer in device form, dense or quantized: the forward pass does not ask which.
+
+use nibble_kernels::backend::{Backend, MatrixShape};
+use nibble_kernels::ops::{dense_matmul, w4a16_matmul};
+use nibble_kernels::{KernelError, tensor::DenseMatrix};
+
+use crate::checkpoint::{Checkpoint, LinearWeight};
+use crate::forward::ModelError;
+
+/// `output = input * weight^T + bias`.
+pub struct Linear<B: Backend> {
+    weight: Weight<B>,
+    bias: Option<B::Buffer>,
+}
+
+enum Weight<B: Backend> {
+    Dense(B::DenseMatrix),
+    Quantized(B::PackedMatrix),
+}
+
+/// Which linear layer of a checkpoint, and its shape.
+#[derive(Clone, Debug)]
+pub struct LinearSpec {
+    /// The name of its tensors without the last part, such as `model.layers.0.mlp.up_proj`.
+    pub name: String,
+    /// Number of outputs.
+    pub out_features: usize,
+    /// Number of inputs.
+    pub in_features: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+}
+
+impl<B: Backend> Linear<B> {
+    /// Reads the layer from `checkpoint` and packs it for `backend`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or malformed, or the device has no kernel for it.
+    pub fn load(backend: &B, checkpoint: &Checkpoint, spec: &LinearSpec) -> Result<Self, ModelError> {
+        let weight = checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?;
+        let bias = if spec.bias {
+            Some(checkpoint.vector(&format!("{}.bias", spec.name), spec.out_features)?)
+        } else {
+            None
+        };
+        Ok(Self::pack(backend, &spec.name, &weight, bias.as_deref())?)
+    }
+
+    /// Packs a weight that is already in memory. `name` is what errors and observers call it.
+    ///
+    /// # Errors
+    /// When the device has no kernel for the weight.
+    pub fn pack(
+        backend: &B,
+        name: &str,
+        weight: &LinearWeight<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<Self, KernelError> {
+        let weight = match weight {
+            LinearWeight::Dense(matrix) => Weight::Dense(backend.pack_dense(name, matrix)?),
+            LinearWeight::Quantized(matrix) => Weight::Quantized(backend.pack_quantized(name, matrix)?),
+        };
+        let bias = bias.map(|values| upload(backend, values)).transpose()?;
+        Ok(Self { weight, bias })
+    }
+
+    /// Packs a dense weight without a bias.
+    ///
+    /// # Errors
+    /// When the device has no kernel for its element type.
+    pub fn pack_dense(backend: &B, name: &str, weight: &DenseMatrix<'_>) -> Result<Self, KernelError> {
+        Ok(Self { weight: Weight::Dense(backend.pack_dense(name, weight)?), bias: None })
+    }
+
+    /// The dense weight, if this layer has one: the embedding table of a model with tied embeddings.
+    pub(crate) fn dense(&self) -> Option<&B::DenseMatrix> {
+        match &self.weight {
+            Weight::Dense(matrix) => Some(matrix),
+            Weight::Quantized(_) => None,
+        }
+    }
+
+    /// Multiplies `rows` rows of `input`.
+    ///
+    /// # Errors
+    /// When a buffer is too short.
+    pub fn forward(
+        &self,
+        backend: &B,
+        input: &B::Buffer,
+        output: &mut B::Buffer,
+        rows: usize,
+    ) -> Result<(), KernelError> {
+        let bias = self.bias.as_ref();
+        match &self.weight {
+            Weight::Dense(weight) => {
+                backend.dense_matmul(dense_matmul::Args { input, weight, bias, output, rows })
+            }
+            Weight::Quantized(weight) => {
+                backend.w4a16_matmul(w4a16_matmul::Args { input, weight, bias, output, rows })
+            }
+        }
+    }
+
+    /// Bytes of device memory its weight holds.
+    pub fn bytes(&self) -> usize {
+        match &self.weight {
+            Weight::Dense(weight) => weight.bytes(),
+            Weight::Quantized(weight) => weight.bytes(),
+        }
+    }
+}
+
+/// A device buffer with `values`.
+pub(crate) fn upload<B: Backend>(backend: &B, values: &[f32]) -> Result<B::Buffer, KernelError> {
+    let mut buffer = backend.buffer(values.len());
+    backend.write(values, &mut buffer)?;
+    Ok(buffer)
+}
