@@ -1,8 +1,33 @@
 //! The command line as it was typed. What it means is decided in `commands`.
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
+
+use crate::commands;
 
 /// Quantize a large language model to INT4 and serve it, from one binary.
 #[derive(Debug, Parser)]
-#[command(name = "nibble", version, about)]
-pub(crate) struct Arguments {}
+#[command(name = "nibble", version, about, propagate_version = true)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// One command each; every command's own arguments lie beside its code.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measure the perplexity of a model on a text.
+    Eval(commands::eval::EvalArguments),
+    /// Measure speed.
+    #[command(subcommand)]
+    Bench(commands::bench::BenchCommand),
+}
+
+impl Arguments {
+    /// Runs the command.
+    pub(crate) fn run(&self) -> anyhow::Result<()> {
+        match &self.command {
+            Command::Eval(arguments) => commands::eval::run(arguments),
+            Command::Bench(command) => commands::bench::run(command),
+        }
+    }
+}

@@ -6,3 +6,4 @@ pub mod error;
 pub mod evaluation;
 pub mod formats;
 pub mod forward;
+pub mod tokenizer;

@@ -1,0 +1,4 @@
+//! One module per command: its arguments, and what it does.
+
+pub(crate) mod bench;
+pub(crate) mod eval;

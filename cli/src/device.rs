@@ -1,0 +1,45 @@
+//! The device options that commands share, and models loaded on it.
+
+use std::path::Path;
+
+use anyhow::Context;
+use clap::Args;
+use nibble_kernels::device::cpu::Cpu;
+use nibble_model::checkpoint::Checkpoint;
+use nibble_model::forward::Model;
+
+/// Where a command computes.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArguments {
+    /// Threads of the CPU device; all processors when not given.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+}
+
+impl DeviceArguments {
+    /// Threads to use.
+    pub(crate) fn threads(&self) -> usize {
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or_else(processors).max(1)
+    }
+
+    /// The CPU device.
+    pub(crate) fn cpu(&self) -> Cpu {
+        Cpu::new(self.threads())
+    }
+}
+
+/// Opens the checkpoint in the directory `model`.
+pub(crate) fn open_checkpoint(model: &str) -> anyhow::Result<Checkpoint> {
+    Ok(Checkpoint::open(Path::new(model))?)
+}
+
+/// Loads a checkpoint onto the CPU for sequences of up to `max_positions` tokens.
+pub(crate) fn load(
+    checkpoint: &Checkpoint,
+    device: &DeviceArguments,
+    max_positions: usize,
+) -> anyhow::Result<Model<Cpu>> {
+    Model::load(device.cpu(), checkpoint, max_positions)
+        .with_context(|| format!("cannot load {}", checkpoint.directory().display()))
+}
