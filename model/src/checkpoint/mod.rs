@@ -4,6 +4,7 @@
 //! aligned. A truncated file, a wrong element type or shape and a missing tensor are one clear error each.
 
 mod shard;
+mod writer;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use half::{bf16, f16};
 use nibble_kernels::tensor::{DenseMatrix, DenseValues, QuantizedMatrix};
 use safetensors::Dtype;
 use shard::{Entry, Shard};
+pub use writer::{CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
