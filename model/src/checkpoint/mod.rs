@@ -19,6 +19,7 @@ pub use writer::{CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
+use crate::formats::gptq;
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -134,6 +135,19 @@ impl Checkpoint {
         Ok(self.floats(name, &[length])?.to_f32())
     }
 
+    /// The tensor `name`, `[rows, columns]` of any floating-point type, widened.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape or element type.
+    pub(crate) fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Vec<f32>, CheckpointError> {
+        Ok(self.floats(name, &[rows, columns])?.to_f32())
+    }
+
     /// The dense matrix `name`, `[out_features, in_features]`.
     ///
     /// # Errors
@@ -160,7 +174,12 @@ impl Checkpoint {
         out_features: usize,
         in_features: usize,
     ) -> Result<LinearWeight<'_>, CheckpointError> {
-        self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense)
+        match &self.config.quantization {
+            Some(config) if self.has(&format!("{prefix}.qweight")) => {
+                gptq::read(self, config, prefix, out_features, in_features).map(LinearWeight::Quantized)
+            }
+            _ => self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense),
+        }
     }
 
     fn floats(&self, name: &str, shape: &[usize]) -> Result<DenseValues<'_>, CheckpointError> {

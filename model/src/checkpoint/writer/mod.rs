@@ -86,6 +86,11 @@ impl CheckpointWriter {
         })
     }
 
+    /// The directory that will be there once the checkpoint is complete.
+    pub fn path(&self) -> &Path {
+        &self.out
+    }
+
     /// Appends a tensor: `bytes` is row-major and little-endian.
     ///
     /// # Errors
