@@ -69,12 +69,17 @@ impl Detokenizer {
         Ok(piece)
     }
 
-    /// The text that was kept back to the end: an incomplete character is U+FFFD.
+    /// Ends the text and returns what was kept back: an incomplete character is U+FFFD. A new text begins
+    /// after it.
     ///
     /// # Errors
     /// When the tokenizer cannot decode it.
-    pub fn finish(self) -> Result<String, CheckpointError> {
-        Ok(new_text(&self.emitted, &self.decode(&self.window)?))
+    pub fn finish(&mut self) -> Result<String, CheckpointError> {
+        let rest = new_text(&self.emitted, &self.decode(&self.window)?);
+        self.window.clear();
+        self.emitted_tokens = 0;
+        self.emitted.clear();
+        Ok(rest)
     }
 
     /// Emits all of `text` but its last character, which a later token may complete.

@@ -10,7 +10,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use nibble_engine::{EngineHandle, EventSink, FinishReason, RequestEvent, RequestId, SinkState, TokenLogprobs};
+use nibble_engine::{
+    EngineHandle, EventSink, FinishReason, RequestEvent, RequestId, SinkState, TokenLogprobs,
+};
 use nibble_model::detokenizer::Detokenizer;
 use nibble_model::error::CheckpointError;
 use serde_json::Value;
@@ -67,7 +69,6 @@ struct Choice {
     generated_tokens: usize,
     /// Characters of all text that the detokenizer gave.
     characters: usize,
-    first_token_at: Option<Instant>,
     last_token_at: Option<Instant>,
 }
 
@@ -100,18 +101,30 @@ pub(crate) struct ChoiceEvent {
     pub(crate) finish: Option<Finish>,
 }
 
+/// A choice that has ended.
+#[derive(Debug)]
+pub(crate) struct CompletedChoice {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<TokenOutput>,
+    pub(crate) finish: Finish,
+}
+
 /// How a choice ended.
 #[derive(Clone, Debug)]
 pub(crate) struct Finish {
-    /// "stop" or "length".
-    pub(crate) reason: &'static str,
+    /// [`Outcome::Stop`] or [`Outcome::Length`].
+    pub(crate) outcome: Outcome,
     /// The stop string or the stop token, null for an end-of-sequence token.
     pub(crate) stop_reason: Option<Value>,
 }
 
 impl Generation {
     /// Submits the sequences of `request`, which arrived at `arrived_at`. On an error none of them runs.
-    pub(crate) fn start(state: &AppState, request: &ValidRequest, arrived_at: Instant) -> Result<Self, ApiError> {
+    pub(crate) fn start(
+        state: &AppState,
+        request: &ValidRequest,
+        arrived_at: Instant,
+    ) -> Result<Self, ApiError> {
         let engine = state.model.engine.clone();
         let (sender, events) = unbounded_channel();
         let mut generation = Self {
@@ -142,7 +155,6 @@ impl Generation {
                     tokens: Vec::new(),
                     generated_tokens: 0,
                     characters: prompt.echo.chars().count(),
-                    first_token_at: None,
                     last_token_at: None,
                 });
             }
@@ -155,8 +167,7 @@ impl Generation {
     pub(crate) async fn next(&mut self) -> Option<Result<ChoiceEvent, ApiError>> {
         while self.choices.iter().any(|choice| choice.text.is_some()) {
             let Some(delivery) = self.events.recv().await else {
-                let message = "the engine stopped before the request was finished".to_owned();
-                return Some(Err(ApiError::Unavailable { message }));
+                return Some(Err(self.fail("the engine stopped before the request was finished")));
             };
             match self.take(delivery) {
                 Ok(None) => {}
@@ -165,6 +176,24 @@ impl Generation {
             }
         }
         None
+    }
+
+    /// Waits until every choice has ended.
+    pub(crate) async fn collect(mut self) -> Result<(Vec<CompletedChoice>, Usage), ApiError> {
+        let mut texts: Vec<(String, Vec<TokenOutput>)> =
+            self.choices.iter().map(|_| Default::default()).collect();
+        let mut ends: Vec<Option<Finish>> = self.choices.iter().map(|_| None).collect();
+        while let Some(event) = self.next().await {
+            let event = event?;
+            let (text, tokens) = &mut texts[event.choice];
+            text.push_str(&event.text);
+            tokens.extend(event.tokens);
+            ends[event.choice] = event.finish;
+        }
+        let completed = texts.into_iter().zip(ends).filter_map(|((text, tokens), finish)| {
+            finish.map(|finish| CompletedChoice { text, tokens, finish })
+        });
+        Ok((completed.collect(), self.usage()))
     }
 
     /// Tokens taken so far.
@@ -178,6 +207,16 @@ impl Generation {
         self.choices.len()
     }
 
+    /// Ends every choice with an error.
+    fn fail(&mut self, message: &str) -> ApiError {
+        for choice in self.choices.iter_mut().filter(|choice| choice.text.is_some()) {
+            choice.text = None;
+            self.engine.abort(choice.id);
+            self.metrics.finished(Outcome::Error);
+        }
+        ApiError::Unavailable { message: message.to_owned() }
+    }
+
     fn take(&mut self, delivery: Delivery) -> Result<Option<ChoiceEvent>, ApiError> {
         let index = delivery.choice;
         let Some(choice) = self.choices.get_mut(index).filter(|choice| choice.text.is_some()) else {
@@ -187,7 +226,6 @@ impl Generation {
             RequestEvent::Token { token_id, logprobs } => {
                 self.usage.completion_tokens += 1;
                 self.metrics.token(choice.last_token_at, delivery.sent_at);
-                choice.first_token_at.get_or_insert(delivery.sent_at);
                 choice.last_token_at = Some(delivery.sent_at);
                 let stopped = choice.push(token_id, logprobs)?;
                 if stopped.is_some() {
@@ -198,13 +236,15 @@ impl Generation {
             RequestEvent::Finished { reason, stop_token, completion_tokens, .. } => {
                 // The token that stopped the sequence was generated, not sent.
                 self.usage.completion_tokens += completion_tokens.saturating_sub(choice.generated_tokens);
+                let stop_token =
+                    stop_token.filter(|token| !self.engine.limits().eos_token_ids.contains(token));
                 Some(choice.end(reason, stop_token)?)
             }
-            RequestEvent::Failed { message } => return Err(ApiError::Unavailable { message }),
+            RequestEvent::Failed { message } => return Err(self.fail(&message)),
         };
         if let Some(finish) = &finish {
             choice.text = None;
-            self.metrics.finished(Outcome::of(finish.reason));
+            self.metrics.finished(finish.outcome);
         } else if choice.ready.is_empty() {
             return Ok(None);
         }
@@ -215,7 +255,11 @@ impl Generation {
 
 impl Choice {
     /// Takes a token; tells how the choice ended if that completed a stop string.
-    fn push(&mut self, token_id: u32, logprobs: Option<TokenLogprobs>) -> Result<Option<Finish>, CheckpointError> {
+    fn push(
+        &mut self,
+        token_id: u32,
+        logprobs: Option<TokenLogprobs>,
+    ) -> Result<Option<Finish>, CheckpointError> {
         self.tokens.push(TokenOutput { token_id, logprobs, text_offset: self.characters });
         self.generated_tokens += 1;
         let Some(state) = &mut self.text else { return Ok(None) };
@@ -237,7 +281,7 @@ impl Choice {
             }
             Found::Stop(text, stop) => {
                 self.ready.push_str(&text);
-                Some(Finish { reason: "stop", stop_reason: Some(stop.into()) })
+                Some(Finish { outcome: Outcome::Stop, stop_reason: Some(stop.into()) })
             }
         }
     }
@@ -245,8 +289,8 @@ impl Choice {
     /// Ends the choice as the engine says, unless the last of the text holds a stop string.
     fn end(&mut self, reason: FinishReason, stop_token: Option<u32>) -> Result<Finish, ApiError> {
         let finish = match reason {
-            FinishReason::Stop => Finish { reason: "stop", stop_reason: stop_token.map(Value::from) },
-            FinishReason::Length => Finish { reason: "length", stop_reason: None },
+            FinishReason::Stop => Finish { outcome: Outcome::Stop, stop_reason: stop_token.map(Value::from) },
+            FinishReason::Length => Finish { outcome: Outcome::Length, stop_reason: None },
             FinishReason::Aborted => {
                 let message = "the server stopped before the request was finished".to_owned();
                 return Err(ApiError::Unavailable { message });

@@ -112,7 +112,8 @@ mod tests {
     /// The text up to its first stop string, looked for character by character.
     fn reference(stops: &[String], text: &str) -> (String, Option<String>) {
         for end in (0..=text.len()).filter(|&end| text.is_char_boundary(end)) {
-            let longest = stops.iter().filter(|stop| text[..end].ends_with(stop.as_str())).max_by_key(|s| s.len());
+            let longest =
+                stops.iter().filter(|stop| text[..end].ends_with(stop.as_str())).max_by_key(|s| s.len());
             if let Some(stop) = longest {
                 return (text[..end - stop.len()].to_owned(), Some(stop.clone()));
             }

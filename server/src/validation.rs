@@ -69,7 +69,7 @@ impl ValidRequest {
     pub(crate) fn completion(model: &ServedModel, request: CompletionRequest) -> Result<Self, ApiError> {
         const FIELD: &str = "prompt";
         let fields = request.generation;
-        check_model(model, fields.model.as_deref())?;
+        model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields)?;
         sampling.logprobs = request.logprobs.map(|count| logprobs("logprobs", count)).transpose()?;
         if request.echo && sampling.logprobs.is_some() {
@@ -104,7 +104,7 @@ impl ValidRequest {
     pub(crate) fn chat(model: &ServedModel, request: ChatRequest) -> Result<Self, ApiError> {
         const FIELD: &str = "messages";
         let fields = request.generation;
-        check_model(model, fields.model.as_deref())?;
+        model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields)?;
         sampling.logprobs = match (request.logprobs, request.top_logprobs) {
             (true, count) => Some(logprobs("top_logprobs", count.unwrap_or(0))?),
@@ -116,11 +116,12 @@ impl ValidRequest {
         let Some(template) = &model.chat_template else {
             return Err(ApiError::NoChatTemplate { model: model.name.clone() });
         };
-        let messages =
-            request.messages.into_iter().enumerate().map(|(at, message)| normalized(at, message)).collect::<Result<
-                Vec<_>,
-                _,
-            >>()?;
+        let messages = request
+            .messages
+            .into_iter()
+            .enumerate()
+            .map(|(at, message)| normalized(at, message))
+            .collect::<Result<Vec<_>, _>>()?;
         if messages.is_empty() {
             return Err(ApiError::invalid(FIELD, "[]", "at least one message"));
         }
@@ -232,30 +233,23 @@ impl ValidRequest {
     }
 }
 
-/// Refuses requests for another model; those that name none get the one there is.
-fn check_model(model: &ServedModel, name: Option<&str>) -> Result<(), ApiError> {
-    match name {
-        Some(found) if found != model.name => {
-            Err(ApiError::ModelNotFound { found: found.to_owned(), expected: model.name.clone() })
-        }
-        _ => Ok(()),
-    }
-}
-
 /// The sampling parameters of both endpoints; their ranges are checked by the engine.
 fn sampling(fields: &GenerationFields) -> Result<SamplingParameters, ApiError> {
     let default = SamplingParameters::default();
     let top_k = match fields.top_k {
         None | Some(0 | -1) => None,
-        Some(top_k) => Some(usize::try_from(top_k).map_err(|_| {
-            ApiError::invalid("top_k", top_k, "at least 1, or 0 or -1 for all tokens")
-        })?),
+        Some(top_k) => Some(
+            usize::try_from(top_k)
+                .map_err(|_| ApiError::invalid("top_k", top_k, "at least 1, or 0 or -1 for all tokens"))?,
+        ),
     };
     let logit_bias = fields
         .logit_bias
         .iter()
         .map(|(token, &bias)| {
-            let id = token.parse().map_err(|_| ApiError::invalid("logit_bias", format!("{token:?}"), "token ids"))?;
+            let id = token
+                .parse()
+                .map_err(|_| ApiError::invalid("logit_bias", format!("{token:?}"), "token ids"))?;
             if bias.abs() > MAXIMUM_BIAS {
                 return Err(ApiError::invalid("logit_bias", bias, "numbers from -100 to 100"));
             }
@@ -298,7 +292,11 @@ fn delivery(fields: &GenerationFields) -> Result<Delivery, ApiError> {
 
 fn stop_strings(stops: Vec<String>) -> Result<Vec<String>, ApiError> {
     if stops.len() > MAXIMUM_STOPS {
-        return Err(ApiError::invalid("stop", format!("{} strings", stops.len()), format!("at most {MAXIMUM_STOPS}")));
+        return Err(ApiError::invalid(
+            "stop",
+            format!("{} strings", stops.len()),
+            format!("at most {MAXIMUM_STOPS}"),
+        ));
     }
     match stops.iter().find(|stop| stop.is_empty() || stop.len() > MAXIMUM_STOP_BYTES) {
         Some(stop) => {
@@ -331,12 +329,17 @@ fn normalized(at: usize, mut message: Map<String, Value>) -> Result<Value, ApiEr
             message.insert("content".to_owned(), text.into());
         }
         Some(other) => {
-            return Err(ApiError::invalid(field("content"), short(other), "a string or a list of text parts"));
+            return Err(ApiError::invalid(
+                field("content"),
+                short(other),
+                "a string or a list of text parts",
+            ));
         }
     }
     for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
         let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok()) {
+        if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok())
+        {
             *arguments = object.into();
         }
     }

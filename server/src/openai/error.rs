@@ -47,7 +47,9 @@ pub(crate) enum ApiError {
     #[error(transparent)]
     ChatTemplate(#[from] ChatTemplateError),
     /// The model has no chat template.
-    #[error("the model {model} has no chat template; use /v1/completions, or add a chat_template.jinja to the model")]
+    #[error(
+        "the model {model} has no chat template; use /v1/completions, or add a chat_template.jinja to the model"
+    )]
     NoChatTemplate { model: String },
     /// A model that is not served here.
     #[error("the model {found:?} is not served here, expected {expected:?}")]
@@ -103,7 +105,9 @@ impl ApiError {
         let message = error.to_string();
         match error {
             SubmitError::EmptyPrompt => Self::InvalidField { param: prompt.to_owned(), message },
-            SubmitError::Invalid(invalid) => Self::InvalidField { param: invalid.parameter.to_owned(), message },
+            SubmitError::Invalid(invalid) => {
+                Self::InvalidField { param: invalid.parameter.to_owned(), message }
+            }
             SubmitError::TooLong { .. } => Self::ContextLength { param: prompt.to_owned(), message },
             SubmitError::QueueFull { .. } => Self::QueueFull { message },
             SubmitError::ShuttingDown | SubmitError::EngineFailed { .. } => Self::Unavailable { message },
@@ -126,7 +130,9 @@ impl ApiError {
             }
             Self::InvalidField { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("invalid_value")),
             Self::UnknownField { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("unknown_parameter")),
-            Self::UnsupportedField { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("unsupported_parameter")),
+            Self::UnsupportedField { .. } => {
+                (StatusCode::BAD_REQUEST, INVALID, Some("unsupported_parameter"))
+            }
             Self::ContextLength { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded")),
             Self::ChatTemplate(_) => (StatusCode::BAD_REQUEST, INVALID, Some("chat_template_error")),
             Self::NoChatTemplate { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("no_chat_template")),
@@ -139,7 +145,9 @@ impl ApiError {
             Self::QueueFull { .. } => {
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
             }
-            Self::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, SERVER, Some("service_unavailable")),
+            Self::Unavailable { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, SERVER, Some("service_unavailable"))
+            }
             Self::Internal { .. } => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, Some("internal_error")),
         }
     }

@@ -32,14 +32,18 @@ pub(crate) struct Fields {
 
 impl Fields {
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let mut object: Map<String, Value> =
-            serde_json::from_slice(body).map_err(|error| ApiError::InvalidJson { problem: error.to_string() })?;
+        let mut object: Map<String, Value> = serde_json::from_slice(body)
+            .map_err(|error| ApiError::InvalidJson { problem: error.to_string() })?;
         object.retain(|_, value| !value.is_null());
         Ok(Self { object })
     }
 
     /// Takes the field `name`, if it is there. `expected` describes its type to the user.
-    pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str, expected: &str) -> Result<Option<T>, ApiError> {
+    pub(crate) fn take<T: DeserializeOwned>(
+        &mut self,
+        name: &str,
+        expected: &str,
+    ) -> Result<Option<T>, ApiError> {
         let Some(value) = self.object.shift_remove(name) else { return Ok(None) };
         let found = short(&value);
         serde_path_to_error::deserialize(value).map(Some).map_err(|error| {
@@ -95,10 +99,26 @@ fn is_neutral(name: &str, value: &Value) -> Option<bool> {
         | "return_token_ids"
         | "return_tokens_as_token_ids"
         | "web_search_options" => value == false,
-        "allowed_token_ids" | "audio" | "prediction" | "prompt_embeds" | "prompt_logprobs" | "reasoning_effort"
-        | "structured_outputs" | "truncate_prompt_tokens" | "verbosity" | "chat_template" | "cache_salt"
-        | "mm_processor_kwargs" | "logits_processors" | "kv_transfer_params" | "vllm_xargs" | "guided_json"
-        | "guided_regex" | "guided_choice" | "guided_grammar" | "request_id" => false,
+        "allowed_token_ids"
+        | "audio"
+        | "prediction"
+        | "prompt_embeds"
+        | "prompt_logprobs"
+        | "reasoning_effort"
+        | "structured_outputs"
+        | "truncate_prompt_tokens"
+        | "verbosity"
+        | "chat_template"
+        | "cache_salt"
+        | "mm_processor_kwargs"
+        | "logits_processors"
+        | "kv_transfer_params"
+        | "vllm_xargs"
+        | "guided_json"
+        | "guided_regex"
+        | "guided_choice"
+        | "guided_grammar"
+        | "request_id" => false,
         _ => return None,
     })
 }
@@ -116,9 +136,11 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let content_type = request.headers().get(CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+        let content_type =
+            request.headers().get(CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
         // Demanding JSON keeps pages of other sites from sending requests through a browser unasked.
-        let essence = content_type.as_deref().unwrap_or("missing").split(';').next().unwrap_or_default().trim();
+        let essence =
+            content_type.as_deref().unwrap_or("missing").split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::UnsupportedMediaType { found: essence.to_owned() });
         }
