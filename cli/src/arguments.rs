@@ -15,6 +15,8 @@ pub(crate) struct Arguments {
 /// One command each; every command's own arguments lie beside its code.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Turn a GGUF file into a Hugging Face directory.
+    Import(commands::import::ImportArguments),
     /// Measure the perplexity of a model on a text.
     Eval(commands::eval::EvalArguments),
     /// Measure speed.
@@ -26,6 +28,7 @@ impl Arguments {
     /// Runs the command.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         match &self.command {
+            Command::Import(arguments) => commands::import::run(arguments),
             Command::Eval(arguments) => commands::eval::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
         }

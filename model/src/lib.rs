@@ -8,4 +8,7 @@ pub mod error;
 pub mod evaluation;
 pub mod formats;
 pub mod forward;
+pub mod gguf;
+pub mod import;
+mod mapped_file;
 pub mod tokenizer;
