@@ -66,7 +66,15 @@ pub async fn serve(
         Cause::Signal => {
             tracing::info!(seconds = drain_timeout.as_secs(), "told to stop: finishing what was accepted");
             engine.drain(Instant::now() + drain_timeout);
-            match ended(&engine).await {
+            let end = tokio::select! {
+                end = ended(&engine) => end,
+                // Whoever asks twice does not want to wait.
+                _ = interrupt.recv() => {
+                    engine.drain(Instant::now());
+                    ended(&engine).await
+                }
+            };
+            match end {
                 Health::Failed { message } => Err(ServerError::EngineFailed { message }),
                 _ => Ok(()),
             }

@@ -113,7 +113,7 @@ fn write_string_repr(text: &mut String, value: &str) {
             '\t' => text.push_str("\\t"),
             character if character == quote => text.extend(['\\', quote]),
             character if character.is_ascii_control() => {
-                text.push_str(&format!("\\x{:02x}", character as u32))
+                text.push_str(&format!("\\x{:02x}", character as u32));
             }
             character => text.push(character),
         }
