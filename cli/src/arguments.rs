@@ -17,6 +17,10 @@ pub(crate) struct Arguments {
 enum Command {
     /// Turn a GGUF file into a Hugging Face directory.
     Import(commands::import::ImportArguments),
+    /// Serve a model over the OpenAI API.
+    Serve(commands::serve::ServeArguments),
+    /// Generate text from one prompt.
+    Generate(commands::generate::GenerateArguments),
     /// Measure the perplexity of a model on a text.
     Eval(commands::eval::EvalArguments),
     /// Measure speed.
@@ -29,6 +33,8 @@ impl Arguments {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         match &self.command {
             Command::Import(arguments) => commands::import::run(arguments),
+            Command::Serve(arguments) => commands::serve::run(arguments),
+            Command::Generate(arguments) => commands::generate::run(arguments),
             Command::Eval(arguments) => commands::eval::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
@@ -11,9 +11,19 @@ use nibble_model::forward::Model;
 /// Where a command computes.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArguments {
+    /// The device; auto takes the best there is.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub(crate) device: Device,
     /// Threads of the CPU device; all processors when not given.
     #[arg(long)]
     pub(crate) threads: Option<usize>,
+}
+
+/// The devices of `--device`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
 }
 
 impl DeviceArguments {
@@ -25,7 +35,9 @@ impl DeviceArguments {
 
     /// The CPU device.
     pub(crate) fn cpu(&self) -> Cpu {
-        Cpu::new(self.threads())
+        match self.device {
+            Device::Auto | Device::Cpu => Cpu::new(self.threads()),
+        }
     }
 }
 

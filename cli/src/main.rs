@@ -5,6 +5,7 @@
 mod arguments;
 mod commands;
 mod device;
+mod memory;
 mod output;
 
 use std::process::ExitCode;

@@ -1,7 +1,9 @@
 //! Checkpoints, tokenizer, chat template, architectures and the forward pass. Knows models, not requests.
 
+pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
+pub mod detokenizer;
 pub mod error;
 pub mod evaluation;
 pub mod formats;

@@ -2,4 +2,6 @@
 
 pub(crate) mod bench;
 pub(crate) mod eval;
+pub(crate) mod generate;
 pub(crate) mod import;
+pub(crate) mod serve;
