@@ -17,6 +17,8 @@ pub(crate) struct Arguments {
 enum Command {
     /// Measure the perplexity of a model on a text.
     Eval(commands::eval::EvalArguments),
+    /// Quantize a model to INT4.
+    Quantize(commands::quantize::QuantizeArguments),
     /// Measure speed.
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
@@ -27,6 +29,7 @@ impl Arguments {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         match &self.command {
             Command::Eval(arguments) => commands::eval::run(arguments),
+            Command::Quantize(arguments) => commands::quantize::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
         }
     }
