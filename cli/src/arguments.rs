@@ -23,6 +23,8 @@ enum Command {
     Generate(commands::generate::GenerateArguments),
     /// Measure the perplexity of a model on a text.
     Eval(commands::eval::EvalArguments),
+    /// Quantize a model to INT4.
+    Quantize(commands::quantize::QuantizeArguments),
     /// Measure speed.
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
@@ -36,6 +38,7 @@ impl Arguments {
             Command::Serve(arguments) => commands::serve::run(arguments),
             Command::Generate(arguments) => commands::generate::run(arguments),
             Command::Eval(arguments) => commands::eval::run(arguments),
+            Command::Quantize(arguments) => commands::quantize::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
         }
     }

@@ -1,2 +1,23 @@
-//! RTN and GPTQ quantization to INT4.
+//! RTN and GPTQ quantization to INT4, one decoder layer at a time.
+//!
+//! [`quantize`] reads a checkpoint, quantizes the linear layers of its decoder layers and writes a checkpoint
+//! in the GPTQ format. In memory are: one decoder layer, the Hessian of one input, and the calibration
+//! sequences' hidden states; never the model.
 #![forbid(unsafe_code)]
+
+pub mod calibration;
+mod error;
+mod grid;
+mod hessian;
+mod methods;
+mod output;
+mod pipeline;
+mod report;
+mod settings;
+mod threads;
+
+pub use calibration::Calibration;
+pub use error::QuantizeError;
+pub use pipeline::{Progress, quantize};
+pub use report::{MatrixReport, Report};
+pub use settings::{GptqSettings, Method, RangeSearch, Settings};

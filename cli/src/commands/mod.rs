@@ -5,3 +5,4 @@ pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod import;
 pub(crate) mod serve;
+pub(crate) mod quantize;

@@ -104,10 +104,10 @@ pub(crate) struct Activations<B: Backend> {
     key: B::Buffer,
     normed_key: B::Buffer,
     value: B::Buffer,
-    attention: B::Buffer,
+    pub(crate) attention: B::Buffer,
     gate: B::Buffer,
     up: B::Buffer,
-    gated: B::Buffer,
+    pub(crate) gated: B::Buffer,
 }
 
 impl<B: Backend> Activations<B> {
@@ -212,22 +212,42 @@ impl<B: Backend> DecoderLayer<B> {
         activations: &mut Activations<B>,
         first: bool,
     ) -> Result<(), KernelError> {
+        self.attention_input(context, activations, !first)?;
+        self.attend(context, cache, activations)?;
+        self.project_attention(context, activations)?;
+        self.feed_forward_input(context, activations, true)?;
+        self.gate(context, activations)?;
+        self.project_gated(context, activations)
+    }
+
+    /// The input of query, key and value, in `normed`; `add` says that there is an addend to add first.
+    pub(crate) fn attention_input(
+        &self,
+        context: &LayerContext<'_, B>,
+        activations: &mut Activations<B>,
+        add: bool,
+    ) -> Result<(), KernelError> {
+        hidden_norm(context, activations, &self.input_norm, add)
+    }
+
+    /// The input of gate and up, in `normed`; `add` says that there is an addend to add first.
+    pub(crate) fn feed_forward_input(
+        &self,
+        context: &LayerContext<'_, B>,
+        activations: &mut Activations<B>,
+        add: bool,
+    ) -> Result<(), KernelError> {
+        hidden_norm(context, activations, &self.post_attention_norm, add)
+    }
+
+    /// `normed` to `gated`, the input of down.
+    pub(crate) fn gate(
+        &self,
+        context: &LayerContext<'_, B>,
+        activations: &mut Activations<B>,
+    ) -> Result<(), KernelError> {
         let LayerContext { backend, config, step, .. } = *context;
         let rows = step.rows;
-        let hidden_norm = |activations: &mut Activations<B>, weight: &B::Buffer, add: bool| {
-            backend.rms_norm(rms_norm::Args {
-                residual: &mut activations.residual,
-                addend: add.then_some(&activations.addend),
-                weight,
-                output: &mut activations.normed,
-                rows,
-                width: config.hidden_size,
-                epsilon: config.rms_norm_epsilon,
-            })
-        };
-        hidden_norm(activations, &self.input_norm, !first)?;
-        self.attend(context, cache, activations)?;
-        hidden_norm(activations, &self.post_attention_norm, true)?;
         self.gate.forward(backend, &activations.normed, &mut activations.gate, rows)?;
         self.up.forward(backend, &activations.normed, &mut activations.up, rows)?;
         backend.silu_mul(silu_mul::Args {
@@ -235,11 +255,31 @@ impl<B: Backend> DecoderLayer<B> {
             up: &activations.up,
             output: &mut activations.gated,
             elements: rows * config.intermediate_size,
-        })?;
-        self.down.forward(backend, &activations.gated, &mut activations.addend, rows)
+        })
     }
 
-    fn attend(
+    /// `gated` to `addend`.
+    pub(crate) fn project_gated(
+        &self,
+        context: &LayerContext<'_, B>,
+        activations: &mut Activations<B>,
+    ) -> Result<(), KernelError> {
+        let LayerContext { backend, step, .. } = *context;
+        self.down.forward(backend, &activations.gated, &mut activations.addend, step.rows)
+    }
+
+    /// `attention` to `addend`.
+    pub(crate) fn project_attention(
+        &self,
+        context: &LayerContext<'_, B>,
+        activations: &mut Activations<B>,
+    ) -> Result<(), KernelError> {
+        let LayerContext { backend, step, .. } = *context;
+        self.attention_output.forward(backend, &activations.attention, &mut activations.addend, step.rows)
+    }
+
+    /// `normed` to `attention`, the input of the output projection; writes the cache.
+    pub(crate) fn attend(
         &self,
         context: &LayerContext<'_, B>,
         cache: &mut LayerCache<B>,
@@ -297,7 +337,24 @@ impl<B: Backend> DecoderLayer<B> {
             kv_heads,
             head_dim,
             window: config.sliding_window.unwrap_or(usize::MAX),
-        })?;
-        self.attention_output.forward(backend, &activations.attention, &mut activations.addend, rows)
+        })
     }
+}
+
+/// `residual += addend` where `add` says so, then `normed = rms_norm(residual)`.
+fn hidden_norm<B: Backend>(
+    context: &LayerContext<'_, B>,
+    activations: &mut Activations<B>,
+    weight: &B::Buffer,
+    add: bool,
+) -> Result<(), KernelError> {
+    context.backend.rms_norm(rms_norm::Args {
+        residual: &mut activations.residual,
+        addend: add.then_some(&activations.addend),
+        weight,
+        output: &mut activations.normed,
+        rows: context.step.rows,
+        width: context.config.hidden_size,
+        epsilon: context.config.rms_norm_epsilon,
+    })
 }

@@ -1,0 +1,258 @@
+//! `nibble quantize`: an INT4 checkpoint from a floating-point one.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use nibble_model::checkpoint::Checkpoint;
+use nibble_model::evaluation::{WindowOptions, evaluate};
+use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::tokenizer::Tokenizer;
+use nibble_quantizer::calibration::CalibrationOptions;
+use nibble_quantizer::{Calibration, GptqSettings, Method, RangeSearch, Report, Settings, quantize};
+use serde_json::json;
+
+use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::output::{Progress, print_json};
+
+/// Arguments of `nibble quantize`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: nibble quantize ./SmolLM2-135M ./SmolLM2-135M-int4 --method gptq \
+    --group-size 64 --calibration valid.txt --samples 64 --sequence-length 512")]
+pub(crate) struct QuantizeArguments {
+    /// A model directory.
+    model: String,
+    /// The directory to write, which must not exist.
+    out: PathBuf,
+    /// How codes are chosen: rtn rounds each weight, gptq makes up for each rounding error.
+    #[arg(long, value_enum, default_value_t = MethodArgument::Gptq)]
+    method: MethodArgument,
+    /// Bits of a weight: 4 or 8.
+    #[arg(long, default_value_t = 4)]
+    bits: u32,
+    /// Consecutive inputs that share a scale; -1 for all inputs of an output channel.
+    #[arg(long, default_value = "128", allow_negative_numbers = true, value_parser = parse_group_size)]
+    group_size: GroupSize,
+    /// Put every zero point in the middle of the range.
+    #[arg(long)]
+    sym: bool,
+    /// Quantize inputs in order of falling activation; groups stay consecutive inputs, so that readers need
+    /// no permutation (gptq).
+    #[arg(long, num_args = 0..=1, default_value_t = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(action = clap::ArgAction::Set)]
+    desc_act: bool,
+    /// How the range of a group is found: the whole range, or the one of least squared error.
+    #[arg(long, value_enum, default_value_t = RangeArgument::Mse)]
+    range: RangeArgument,
+    /// A UTF-8 text to calibrate on; gptq needs it, rtn only measures its error with it.
+    #[arg(long, value_name = "FILE", required_if_eq("method", "gptq"))]
+    calibration: Option<PathBuf>,
+    /// Calibration sequences to draw from the text.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    samples: usize,
+    /// Tokens of a calibration sequence.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    sequence_length: usize,
+    /// Which calibration sequences are drawn.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Fraction of the mean Hessian diagonal added to the diagonal (gptq).
+    #[arg(long, default_value_t = 0.01)]
+    damp: f64,
+    /// What the files store: v1 the zero point minus one, as every reader expects; v2 the zero point.
+    #[arg(long, value_enum, default_value_t = VersionArgument::V1)]
+    gptq_version: VersionArgument,
+    /// A UTF-8 text to measure perplexity on, before and after.
+    #[arg(long, value_name = "FILE")]
+    eval_text: Option<PathBuf>,
+    /// Tokens of an evaluation window.
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    eval_window: usize,
+    /// Score the first N evaluation windows only.
+    #[arg(long, value_name = "N")]
+    eval_windows: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArguments,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MethodArgument {
+    Rtn,
+    Gptq,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RangeArgument {
+    MinMax,
+    Mse,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum VersionArgument {
+    V1,
+    V2,
+}
+
+fn parse_group_size(text: &str) -> Result<GroupSize, String> {
+    match text.parse::<i64>() {
+        Ok(-1) => Ok(GroupSize::PerChannel),
+        Ok(size) if size > 0 => {
+            usize::try_from(size).map(GroupSize::Inputs).map_err(|error| error.to_string())
+        }
+        _ => Err("a group size is a positive number, or -1 for one group per output channel".to_owned()),
+    }
+}
+
+impl QuantizeArguments {
+    fn settings(&self) -> Settings {
+        Settings {
+            method: match self.method {
+                MethodArgument::Rtn => Method::RoundToNearest,
+                MethodArgument::Gptq => {
+                    Method::Gptq(GptqSettings { damping: self.damp, activation_order: self.desc_act })
+                }
+            },
+            bits: self.bits,
+            group_size: self.group_size,
+            symmetric: self.sym,
+            range: match self.range {
+                RangeArgument::MinMax => RangeSearch::MinMax,
+                RangeArgument::Mse => RangeSearch::MeanSquare,
+            },
+            version: match self.gptq_version {
+                VersionArgument::V1 => GptqVersion::V1,
+                VersionArgument::V2 => GptqVersion::V2,
+            },
+            threads: self.device.threads(),
+        }
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let checkpoint = open_checkpoint(&arguments.model)?;
+    let settings = arguments.settings();
+    // A text that cannot be scored must not be found out after the work.
+    let eval_tokens = match &arguments.eval_text {
+        Some(text) => Some(read_tokens(&checkpoint, text)?),
+        None => None,
+    };
+    let calibration = match &arguments.calibration {
+        Some(file) => {
+            let options = CalibrationOptions {
+                samples: arguments.samples,
+                sequence_length: arguments.sequence_length,
+                seed: arguments.seed,
+            };
+            let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+            Some(Calibration::from_text(file, &tokenizer, checkpoint.config(), options)?)
+        }
+        None => None,
+    };
+    let mut bar = Progress::new(format!("quantizing {}", arguments.model));
+    let cpu = arguments.device.cpu();
+    let report =
+        quantize(cpu, &checkpoint, &arguments.out, &settings, calibration.as_ref(), &mut |progress| {
+            let message =
+                format!("{} error {:.3} %", progress.matrix.name, 100.0 * progress.matrix.relative_error);
+            bar.update(progress.matrices_done as u64, progress.matrices as u64, &message);
+        })?;
+    drop(bar);
+    let seconds = started.elapsed().as_secs_f64();
+    let peak_memory_bytes = peak_memory_bytes();
+    let perplexities = match &eval_tokens {
+        Some(tokens) => {
+            let before = perplexity(arguments, &checkpoint, tokens, "before")?;
+            let written = Checkpoint::open(&arguments.out)?;
+            Some((before, perplexity(arguments, &written, tokens, "after")?))
+        }
+        None => None,
+    };
+    if arguments.json {
+        let mut document = serde_json::to_value(&report)?;
+        document["seconds"] = json!(seconds);
+        if let Some(bytes) = peak_memory_bytes {
+            document["peak_memory_bytes"] = json!(bytes);
+        }
+        if let Some((before, after)) = perplexities {
+            document["perplexity_before"] = json!(before);
+            document["perplexity_after"] = json!(after);
+        }
+        return print_json(&document);
+    }
+    print_summary(&report);
+    println!("{:.3} bits per weight, {seconds:.1} s", report.bits_per_weight);
+    if let Some(bytes) = peak_memory_bytes {
+        println!("peak memory {:.2} GB", bytes as f64 / 1e9);
+    }
+    if let Some((before, after)) = perplexities {
+        let change = 100.0 * (after / before - 1.0);
+        println!("perplexity {before:.4} before, {after:.4} after ({change:+.2} %)");
+    }
+    println!("wrote {}", arguments.out.display());
+    Ok(())
+}
+
+/// The mean and the largest relative error of each kind of matrix.
+fn print_summary(report: &Report) {
+    let measure = if report.errors_are_of_outputs { "output error" } else { "weight error" };
+    println!("{:<12} {:>8} {:>18} {:>18}", "matrix", "count", format!("mean {measure}"), "largest, in layer");
+    let mut kinds: Vec<&str> = Vec::new();
+    for matrix in &report.layers {
+        let kind = kind(&matrix.name);
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    for wanted in kinds {
+        let of_kind = || report.layers.iter().filter(|matrix| kind(&matrix.name) == wanted);
+        let count = of_kind().count();
+        let mean = of_kind().map(|matrix| matrix.relative_error).sum::<f64>() / count as f64;
+        let largest = of_kind().enumerate().max_by(|a, b| a.1.relative_error.total_cmp(&b.1.relative_error));
+        if let Some((layer, matrix)) = largest {
+            let largest = format!("{:.3} % ({layer})", 100.0 * matrix.relative_error);
+            println!("{wanted:<12} {count:>8} {:>16.3} % {largest:>18}", 100.0 * mean);
+        }
+    }
+}
+
+/// The last part of a matrix's name, such as `up_proj`.
+fn kind(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+fn read_tokens(checkpoint: &Checkpoint, text: &Path) -> anyhow::Result<Vec<u32>> {
+    let contents =
+        std::fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
+    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    Ok(tokenizer.encode(&contents, false)?)
+}
+
+fn perplexity(
+    arguments: &QuantizeArguments,
+    checkpoint: &Checkpoint,
+    tokens: &[u32],
+    when: &str,
+) -> anyhow::Result<f64> {
+    let options = WindowOptions { window: arguments.eval_window, windows: arguments.eval_windows };
+    let mut model = load(checkpoint, &arguments.device, arguments.eval_window)?;
+    let mut bar = Progress::new(format!("perplexity {when}"));
+    let result = evaluate(&mut model, None, tokens, options, &mut |progress| {
+        let message = format!("perplexity {:.3}", progress.perplexity);
+        bar.update(progress.windows_done as u64, progress.windows as u64, &message);
+    })?;
+    Ok(result.perplexity)
+}
+
+/// The largest resident set of this process so far, where the system tells.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
+}

@@ -1,0 +1,85 @@
+//! The files of a quantized checkpoint that are not quantized weights.
+
+use std::collections::HashSet;
+
+use nibble_model::checkpoint::{Checkpoint, CheckpointWriter};
+use nibble_model::error::CheckpointError;
+use nibble_model::formats::QuantizationConfig;
+use serde_json::{Map, Value};
+
+use crate::settings::{Method, Settings};
+
+/// Files that are the same for the quantized model.
+const COPIED: [&str; 13] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+];
+
+/// Copies every tensor but the weights `quantized`.
+pub(crate) fn copy_tensors(
+    checkpoint: &Checkpoint,
+    writer: &mut CheckpointWriter,
+    quantized: &HashSet<String>,
+) -> Result<(), CheckpointError> {
+    for tensor in checkpoint.tensors().filter(|tensor| !quantized.contains(tensor.name)) {
+        writer.tensor(tensor.name, tensor.dtype, tensor.shape, tensor.data)?;
+    }
+    Ok(())
+}
+
+/// Writes config.json with its `quantization_config`, quantize_config.json, and copies the tokenizer's files.
+pub(crate) fn write_files(
+    checkpoint: &Checkpoint,
+    writer: &mut CheckpointWriter,
+    settings: &Settings,
+) -> Result<(), CheckpointError> {
+    let path = checkpoint.directory().join("config.json");
+    let text = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
+    let help = "correct the file or fetch the model again";
+    let mut config: Map<String, Value> =
+        serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(&path, error, help))?;
+    let quantization = quantization_config(settings).to_json();
+    config.insert("quantization_config".to_owned(), quantization.clone());
+    writer.file("config.json", pretty(&Value::Object(config)).as_bytes())?;
+    writer.file("quantize_config.json", pretty(&quantization).as_bytes())?;
+    for name in COPIED {
+        let path = checkpoint.directory().join(name);
+        if path.is_file() {
+            let contents = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
+            writer.file(name, &contents)?;
+        }
+    }
+    Ok(())
+}
+
+fn quantization_config(settings: &Settings) -> QuantizationConfig {
+    QuantizationConfig {
+        bits: settings.bits,
+        group_size: settings.group_size,
+        // Groups are consecutive inputs whatever the order of quantization: readers need no permutation.
+        desc_act: false,
+        symmetric: settings.symmetric,
+        version: settings.version,
+        quantize_lm_head: false,
+        damp_percent: match settings.method {
+            Method::RoundToNearest => None,
+            Method::Gptq(gptq) => Some(gptq.damping),
+        },
+        quantizer: Some(concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned()),
+    }
+}
+
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}

@@ -1,0 +1,241 @@
+//! Through the model, one decoder layer at a time.
+//!
+//! ```text
+//! hidden = embedding of the calibration tokens
+//! for each decoder layer:
+//!     for each input of linear layers (query/key/value, attention output, gate/up, down):
+//!         run the layer up to there, with what is quantized already     -> Hessian of the input
+//!         quantize the linear layers that multiply it, write them, put them into the layer
+//!     hidden = the quantized layer's output
+//! ```
+//!
+//! Every matrix is quantized for the inputs it will get, those of the quantized layers before it. Held in memory:
+//! the layer's weights, one Hessian with its factorization, two hidden states for each calibration token.
+
+mod activations;
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use nibble_kernels::backend::Backend;
+use nibble_kernels::tensor::QuantizedMatrix;
+use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
+use nibble_model::formats::gptq as gptq_format;
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec};
+
+use self::activations::{Activations, LinearInput};
+use crate::calibration::Calibration;
+use crate::error::QuantizeError;
+use crate::grid::Grid;
+use crate::hessian::Hessian;
+use crate::methods::gptq::InverseFactor;
+use crate::methods::{Weights, assemble, gptq, rtn};
+use crate::output;
+use crate::report::{MatrixReport, Report};
+use crate::settings::{Method, Settings};
+use crate::threads::Threads;
+
+/// How far quantization has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// Matrices quantized.
+    pub matrices_done: usize,
+    /// Matrices in all.
+    pub matrices: usize,
+    /// The last one.
+    pub matrix: &'a MatrixReport,
+}
+
+/// Quantizes `checkpoint` into the new directory `out`, running calibration on `backend`.
+///
+/// Without `calibration`, [`Method::RoundToNearest`] only looks at the weights.
+///
+/// # Errors
+/// When the settings do not fit the model, GPTQ has no calibration data, a file is wrong, numbers are not
+/// finite, or `out` exists or cannot be written. Nothing is left at `out` then.
+pub fn quantize<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    out: &Path,
+    settings: &Settings,
+    calibration: Option<&Calibration>,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report, QuantizeError> {
+    let config = checkpoint.config();
+    settings.check(config)?;
+    if calibration.is_none() && matches!(settings.method, Method::Gptq(_)) {
+        return Err(QuantizeError::Settings {
+            name: "--calibration".to_owned(),
+            found: "missing".to_owned(),
+            expected: "a text file, which GPTQ needs".to_owned(),
+            help: "name one, or use --method rtn".to_owned(),
+        });
+    }
+    let threads = Threads::new(settings.threads)?;
+    let mut writer = CheckpointWriter::create(out, DEFAULT_SHARD_BYTES)?;
+    let specs = || (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)));
+    let quantized: HashSet<String> = specs().map(|spec| format!("{}.weight", spec.name)).collect();
+    output::write_files(checkpoint, &mut writer, settings)?;
+    output::copy_tensors(checkpoint, &mut writer, &quantized)?;
+
+    let mut activations = match calibration {
+        Some(calibration) => Some(Activations::embed(backend, checkpoint, calibration)?),
+        None => None,
+    };
+    let mut bits = 0.0;
+    let mut weights = 0.0;
+    let mut report = Vec::with_capacity(quantized.len());
+    for index in 0..config.layers {
+        let mut layer = match &activations {
+            Some(activations) => Some(DecoderLayer::load(activations.backend(), checkpoint, index)?),
+            None => None,
+        };
+        for input in LinearInput::ALL {
+            let hessian = match (&mut activations, &layer) {
+                (Some(activations), Some(layer)) => Some(activations.hessian(layer, input, &threads)?),
+                _ => None,
+            };
+            let statistics = InputStatistics::new(
+                hessian,
+                settings,
+                &input.roles()[0].spec(config, index).name,
+                &threads,
+            )?;
+            for &role in input.roles() {
+                let spec = role.spec(config, index);
+                let (matrix, relative_error) =
+                    quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
+                gptq_format::write(&mut writer, &spec.name, &matrix, settings.version)?;
+                let elements = (spec.out_features * spec.in_features) as f64;
+                bits += matrix.bits_per_weight() * elements;
+                weights += elements;
+                report.push(MatrixReport {
+                    name: spec.name.clone(),
+                    bits: matrix.bits(),
+                    group_size: matrix.group_size(),
+                    relative_error,
+                });
+                progress(Progress {
+                    matrices_done: report.len(),
+                    matrices: quantized.len(),
+                    matrix: &report[report.len() - 1],
+                });
+                if let (Some(activations), Some(layer)) = (&activations, &mut layer) {
+                    layer.replace(role, pack(activations.backend(), checkpoint, &spec, matrix)?);
+                }
+            }
+        }
+        if let (Some(activations), Some(layer)) = (&mut activations, &layer) {
+            activations.finish_layer(layer)?;
+        }
+    }
+    writer.finish()?;
+    Ok(Report {
+        bits_per_weight: bits / weights,
+        errors_are_of_outputs: calibration.is_some(),
+        layers: report,
+    })
+}
+
+/// What is known about an input of linear layers.
+struct InputStatistics {
+    hessian: Option<Hessian>,
+    factor: Option<InverseFactor>,
+}
+
+impl InputStatistics {
+    fn new(
+        hessian: Option<Hessian>,
+        settings: &Settings,
+        name: &str,
+        threads: &Threads,
+    ) -> Result<Self, QuantizeError> {
+        if let Some(hessian) = &hessian
+            && let Some(input) = (0..hessian.inputs()).find(|&input| !hessian.diagonal(input).is_finite())
+        {
+            return Err(QuantizeError::NotFinite {
+                name: name.to_owned(),
+                what: "the calibration activations",
+                found: format!("of input {input} overflow"),
+                help: "the checkpoint is damaged or does not fit its config.json",
+            });
+        }
+        let factor = match (&hessian, settings.method) {
+            (Some(hessian), Method::Gptq(gptq)) => {
+                let factor = threads
+                    .run(|par| InverseFactor::new(hessian, gptq, par))
+                    .map_err(|damping| QuantizeError::Factorization { name: name.to_owned(), damping })?;
+                if factor.damping > gptq.damping {
+                    tracing::warn!(
+                        matrix = name,
+                        asked = gptq.damping,
+                        used = factor.damping,
+                        "the Hessian is not positive definite; damping was raised"
+                    );
+                }
+                Some(factor)
+            }
+            _ => None,
+        };
+        Ok(Self { hessian, factor })
+    }
+}
+
+/// Quantizes one matrix and measures its relative error.
+fn quantize_matrix(
+    checkpoint: &Checkpoint,
+    spec: &LinearSpec,
+    settings: &Settings,
+    statistics: &InputStatistics,
+    threads: &Threads,
+) -> Result<(QuantizedMatrix, f64), QuantizeError> {
+    let values =
+        checkpoint.dense(&format!("{}.weight", spec.name), spec.out_features, spec.in_features)?.to_f32();
+    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+        return Err(QuantizeError::NotFinite {
+            name: spec.name.clone(),
+            what: "the weights",
+            found: format!(
+                "hold {} at output {}, input {}",
+                values[position],
+                position / spec.in_features,
+                position % spec.in_features
+            ),
+            help: "the checkpoint is damaged; fetch or import it again",
+        });
+    }
+    let weights = Weights { out_features: spec.out_features, in_features: spec.in_features, values: &values };
+    let group_size = settings.group_size.inputs(spec.in_features);
+    let grid = Grid::new(settings);
+    let (codes, grids) = threads.run(|par| match &statistics.factor {
+        Some(factor) => gptq::quantize(weights, grid, group_size, factor, par),
+        None => rtn::quantize(weights, grid, group_size, &vec![1.0; spec.in_features]),
+    });
+    let matrix = assemble(weights, settings.bits, group_size, codes, &grids)
+        .map_err(QuantizeError::matrix(&spec.name))?;
+    let mut difference = matrix.dequantize();
+    for (difference, value) in difference.iter_mut().zip(&values) {
+        *difference -= value;
+    }
+    let energy = |rows: &[f32]| match &statistics.hessian {
+        Some(hessian) => threads.run(|par| hessian.energy(rows, par)),
+        None => rows.iter().map(|&value| f64::from(value).powi(2)).sum(),
+    };
+    let (error, whole) = (energy(&difference), energy(&values));
+    Ok((matrix, if whole > 0.0 { error / whole } else { 0.0 }))
+}
+
+/// The linear layer in device form, with the bias of the checkpoint.
+fn pack<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    spec: &LinearSpec,
+    matrix: QuantizedMatrix,
+) -> Result<Linear<B>, QuantizeError> {
+    let bias = match spec.bias {
+        true => Some(checkpoint.vector(&format!("{}.bias", spec.name), spec.out_features)?),
+        false => None,
+    };
+    Linear::pack(backend, &spec.name, &LinearWeight::Quantized(matrix), bias.as_deref())
+        .map_err(QuantizeError::matrix(&spec.name))
+}

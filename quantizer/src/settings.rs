@@ -1,0 +1,104 @@
+//! How a model is to be quantized, and whether that fits the model.
+
+use nibble_model::config::ModelConfig;
+use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::forward::LinearRole;
+
+use crate::error::QuantizeError;
+
+/// Group sizes to suggest where the one asked for does not fit.
+const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
+
+/// How a model is to be quantized.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// How codes are chosen.
+    pub method: Method,
+    /// Bits of a code: 4 or 8.
+    pub bits: u32,
+    /// Inputs that share a scale and a zero point.
+    pub group_size: GroupSize,
+    /// Whether every zero point is the middle of the range.
+    pub symmetric: bool,
+    /// How the range of a group is found.
+    pub range: RangeSearch,
+    /// What the written `qzeros` hold.
+    pub version: GptqVersion,
+    /// Threads of the linear algebra. The result does not depend on it.
+    pub threads: usize,
+}
+
+/// How codes are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// Each weight is rounded to the nearest value of its group's grid.
+    RoundToNearest,
+    /// Each input's rounding error is made up for by the inputs that come after it (GPTQ).
+    Gptq(GptqSettings),
+}
+
+/// Settings of GPTQ alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GptqSettings {
+    /// Fraction of the Hessian's mean diagonal that is added to its diagonal.
+    pub damping: f64,
+    /// Whether inputs are quantized in order of falling activation. Groups stay consecutive inputs, so that
+    /// no permutation is needed at run time; their grids are then fixed before the first input.
+    pub activation_order: bool,
+}
+
+/// How the range of a group is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeSearch {
+    /// The smallest range that clips nothing.
+    MinMax,
+    /// The range of least squared error.
+    MeanSquare,
+}
+
+impl Settings {
+    /// Checks that every linear layer of the model can be quantized so.
+    ///
+    /// # Errors
+    /// Names the matrix that does not fit and group sizes that do.
+    pub fn check(&self, config: &ModelConfig) -> Result<(), QuantizeError> {
+        let refuse = |name: &str, found: String, expected: &str, help: &str| {
+            let (name, expected, help) = (name.to_owned(), expected.to_owned(), help.to_owned());
+            Err(QuantizeError::Settings { name, found, expected, help })
+        };
+        if !matches!(self.bits, 4 | 8) {
+            return refuse("--bits", self.bits.to_string(), "4 or 8", "the GPTQ format has no other");
+        }
+        if let Method::Gptq(GptqSettings { damping, .. }) = self.method
+            && !(damping > 0.0 && damping.is_finite())
+        {
+            return refuse("--damp", damping.to_string(), "a positive number", "0.01 is usual");
+        }
+        if config.quantization.is_some() {
+            let help = "quantize the original checkpoint";
+            return refuse("the model", "quantized already".to_owned(), "an unquantized checkpoint", help);
+        }
+        let shapes = LinearRole::ALL.map(|role| role.spec(config, 0));
+        for spec in &shapes {
+            let group_size = self.group_size.inputs(spec.in_features);
+            if group_size == 0 || !spec.in_features.is_multiple_of(group_size) {
+                let fits = |size: &usize| shapes.iter().all(|spec| spec.in_features.is_multiple_of(*size));
+                let sizes: Vec<_> =
+                    USUAL_GROUP_SIZES.iter().filter(|size| fits(size)).map(usize::to_string).collect();
+                let help = match sizes.as_slice() {
+                    [] => "use --group-size -1 (one group per output channel)".to_owned(),
+                    sizes => format!("group sizes that fit every matrix of this model: {}", sizes.join(", ")),
+                };
+                let found = format!("{} inputs wide", spec.in_features);
+                return refuse(&spec.name, found, &format!("a multiple of --group-size {group_size}"), &help);
+            }
+            let per_word = 32 / self.bits as usize;
+            if !spec.in_features.is_multiple_of(per_word) || !spec.out_features.is_multiple_of(per_word) {
+                let found = format!("[{}, {}]", spec.out_features, spec.in_features);
+                let expected = format!("both sizes divisible by {per_word}");
+                return refuse(&spec.name, found, &expected, "the GPTQ format cannot store this matrix");
+            }
+        }
+        Ok(())
+    }
+}
