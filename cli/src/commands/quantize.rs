@@ -45,8 +45,9 @@ pub(crate) struct QuantizeArguments {
     /// How the range of a group is found: the whole range, or the one of least squared error.
     #[arg(long, value_enum, default_value_t = RangeArgument::Mse)]
     range: RangeArgument,
-    /// A UTF-8 text to calibrate on; gptq needs it, rtn only measures its error with it.
-    #[arg(long, value_name = "FILE", required_if_eq("method", "gptq"))]
+    /// A UTF-8 text to calibrate on, or the word self: a text that the model writes, which needs the whole model
+    /// in memory. gptq needs one, rtn only measures its error with it.
+    #[arg(long, value_name = "FILE|self", required_if_eq("method", "gptq"))]
     calibration: Option<PathBuf>,
     /// Calibration sequences to draw from the text.
     #[arg(long, value_name = "N", default_value_t = 128)]
@@ -143,15 +144,7 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
         None => None,
     };
     let calibration = match &arguments.calibration {
-        Some(file) => {
-            let options = CalibrationOptions {
-                samples: arguments.samples,
-                sequence_length: arguments.sequence_length,
-                seed: arguments.seed,
-            };
-            let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-            Some(Calibration::from_text(file, &tokenizer, checkpoint.config(), options)?)
-        }
+        Some(source) => Some(calibrate(arguments, &checkpoint, &settings, source)?),
         None => None,
     };
     let mut bar = Progress::new(format!("quantizing {}", arguments.model));
@@ -196,6 +189,27 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     }
     println!("wrote {}", arguments.out.display());
     Ok(())
+}
+
+/// The calibration sequences of the text `source`, or written by the model itself.
+fn calibrate(
+    arguments: &QuantizeArguments,
+    checkpoint: &Checkpoint,
+    settings: &Settings,
+    source: &Path,
+) -> anyhow::Result<Calibration> {
+    let QuantizeArguments { samples, sequence_length, seed, .. } = *arguments;
+    let options = CalibrationOptions { samples, sequence_length, seed };
+    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    if source != Path::new("self") {
+        return Ok(Calibration::from_text(source, &tokenizer, checkpoint.config(), options)?);
+    }
+    settings.check(checkpoint.config())?;
+    let mut model = load(checkpoint, &arguments.device, sequence_length)?;
+    let mut bar = Progress::new("writing the calibration text");
+    Ok(Calibration::from_model(&mut model, &tokenizer, options, &mut |tokens, wanted| {
+        bar.update(tokens as u64, wanted as u64, "tokens");
+    })?)
 }
 
 /// The mean and the largest relative error of each kind of matrix.
