@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod tiny_model;
+
 use std::path::Path;
 
 /// A metadata value.
