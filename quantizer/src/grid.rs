@@ -141,7 +141,7 @@ impl Grid {
         (1u32 << (self.bits - 1)) as f32
     }
 
-    /// The smallest range that clips nothing (symmetric: half a step at the top).
+    /// The smallest range that clips nothing (symmetric: up to half a step at the top).
     fn covering(&self, low: f32, high: f32) -> Affine {
         let largest = self.largest();
         if self.symmetric {
@@ -149,8 +149,9 @@ impl Grid {
         }
         let scale = (high - low) / largest;
         let zero = (-low / scale).round().max(1.0);
-        // With the zero point moved up from 0 there are fewer codes above it.
-        let scale = if zero < largest { scale.max(high / (largest - zero)) } else { scale };
+        // The zero point is rounded: the longer side decides the scale, so that neither is clipped.
+        let above = if zero < largest { high / (largest - zero) } else { 0.0 };
+        let scale = scale.max(above).max(-low / zero);
         Affine::new(scale, zero, largest)
     }
 
