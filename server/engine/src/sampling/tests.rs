@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::{Strategy, any, prop, proptest};
 
+use super::distribution::{Distribution, Workspace};
 use super::sampler::{SampledToken, SamplingError, SamplingRow, Scratch};
-use super::selection::{Buckets, cut};
 use super::{Sampler, SamplingParameters, random};
 
 const SEED: u64 = 11;
@@ -153,19 +153,22 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_is_where_a_sorted_row_reaches_the_target(
-        // Few distinct values, some far below: ties, and the last bucket.
-        values in prop::collection::vec((-40i32..4).prop_map(|value| value as f32 * 1.5), 1..200),
-        target in 1..250usize,
+    fn the_most_likely_tokens_are_the_first_of_a_sorted_row(
+        // Few distinct values: ties, within chunks and across them.
+        values in prop::collection::vec((-40i32..4).prop_map(|value| value as f32 * 1.5), 1..900),
+        count in 0..1000usize,
     ) {
-        let maximum = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut tokens: Vec<usize> = (0..values.len()).collect();
-        tokens.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
-        let cut = cut(&values, maximum, target as f64, &mut Buckets::default(), |_| 1.0);
-        let kept = (0..values.len()).filter(|&token| cut.is_none_or(|cut| cut.keeps(values[token], token)));
-        let mut expected: Vec<usize> = tokens.into_iter().take(target).collect();
-        expected.sort_unstable();
-        assert_eq!(kept.collect::<Vec<_>>(), expected);
+        let mut tokens: Vec<u32> = (0..values.len() as u32).collect();
+        let value = |token: u32| values[token as usize];
+        tokens.sort_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
+        let mut workspace = Workspace::default();
+        let mut distribution = Distribution::new(&values, 1.0, &mut workspace).expect("numbers");
+        assert_eq!(distribution.most_likely_token(), tokens[0] as usize);
+        let found: Vec<u32> = distribution.most_likely(count).iter().map(|found| found.token).collect();
+        assert_eq!(found, tokens[..count.min(tokens.len())]);
+        let cut = (count > 0).then(|| distribution.top_k_cut(count)).flatten();
+        let last = if count < tokens.len() && count > 0 { Some(tokens[count - 1]) } else { None };
+        assert_eq!(cut.map(|cut| cut.token), last);
     }
 }
 
