@@ -1,11 +1,10 @@
 //! Log probabilities in the shapes of both endpoints.
 
 use nibble_model::tokenizer::Tokenizer;
-use serde_json::Map;
 
 use super::types::chat::{ChatLogprobs, ChatTokenLogprob, TokenEntry};
 use super::types::common::finite;
-use super::types::completions::CompletionLogprobs;
+use super::types::completions::{CompletionLogprobs, TopLogprobs};
 use crate::generation::TokenOutput;
 
 /// The log probabilities of `tokens`, absent when the request did not ask for them.
@@ -33,15 +32,17 @@ pub(super) fn completion(tokenizer: &Tokenizer, tokens: &[TokenOutput]) -> Optio
         let Some(logprobs) = &token.logprobs else { continue };
         let sampled = (text(token.token_id), finite(logprobs.logprob));
         let top = logprobs.top.iter().map(|top| (text(top.token_id), finite(top.logprob)));
-        let mut by_text = Map::new();
+        let mut by_text: Vec<(String, f32)> = Vec::new();
         for (token, logprob) in top.chain([sampled.clone()]) {
             // Parts of characters have one text: the most likely of them counts.
-            by_text.entry(token).or_insert_with(|| logprob.into());
+            if by_text.iter().all(|(known, _)| *known != token) {
+                by_text.push((token, logprob));
+            }
         }
         columns.text_offset.push(token.text_offset);
         columns.tokens.push(sampled.0);
         columns.token_logprobs.push(sampled.1);
-        columns.top_logprobs.push(by_text);
+        columns.top_logprobs.push(TopLogprobs(by_text));
     }
     (!columns.tokens.is_empty()).then_some(columns)
 }

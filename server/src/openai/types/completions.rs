@@ -1,7 +1,7 @@
 //! `/v1/completions`: request, response, chunk of a stream.
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
 
 use super::common::Usage;
 use super::sampling::GenerationFields;
@@ -77,5 +77,15 @@ pub(crate) struct CompletionLogprobs {
     pub(crate) token_logprobs: Vec<f32>,
     pub(crate) tokens: Vec<String>,
     /// The most likely tokens in its place, and itself.
-    pub(crate) top_logprobs: Vec<Map<String, Value>>,
+    pub(crate) top_logprobs: Vec<TopLogprobs>,
+}
+
+/// Texts of tokens and their log probabilities, as an object.
+#[derive(Debug)]
+pub(crate) struct TopLogprobs(pub(crate) Vec<(String, f32)>);
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
 }
