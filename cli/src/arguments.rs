@@ -17,6 +17,8 @@ pub(crate) struct Arguments {
 enum Command {
     /// Turn a GGUF file into a Hugging Face directory.
     Import(commands::import::ImportArguments),
+    /// Show what a model holds, layer by layer.
+    Inspect(commands::inspect::InspectArguments),
     /// Measure the perplexity of a model on a text.
     Eval(commands::eval::EvalArguments),
     /// Measure speed.
@@ -29,6 +31,7 @@ impl Arguments {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         match &self.command {
             Command::Import(arguments) => commands::import::run(arguments),
+            Command::Inspect(arguments) => commands::inspect::run(arguments),
             Command::Eval(arguments) => commands::eval::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
         }

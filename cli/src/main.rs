@@ -5,6 +5,7 @@
 mod arguments;
 mod commands;
 mod device;
+mod hub;
 mod output;
 
 use std::process::ExitCode;
