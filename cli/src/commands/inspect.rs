@@ -1,5 +1,6 @@
 //! `nibble inspect`: what a model holds.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -7,7 +8,7 @@ use nibble_model::hub::ModelReference;
 use nibble_model::inspection::{Inspection, Weight, inspect};
 
 use crate::hub::model_directory;
-use crate::output::print_json;
+use crate::output::{print_json, print_text};
 
 /// Arguments of `nibble inspect`.
 #[derive(Debug, Args)]
@@ -30,74 +31,91 @@ pub(crate) fn run(arguments: &InspectArguments) -> anyhow::Result<()> {
     if arguments.json {
         return print_json(&inspection);
     }
-    print_summary(&inspection);
-    println!();
-    print_table(&inspection);
-    Ok(())
+    let mut text = String::new();
+    for (name, value) in summary(&inspection) {
+        writeln!(text, "{name:<16}{value}")?;
+    }
+    for line in table(&inspection) {
+        write!(text, "\n{line}")?;
+    }
+    print_text(&(text + "\n"))
 }
 
-fn print_summary(inspection: &Inspection) {
-    let line = |name: &str, value: String| println!("{name:<16}{value}");
-    line("model", inspection.path.display().to_string());
-    line("format", inspection.format.to_owned());
-    line("architecture", inspection.architecture.clone());
-    if let Some(shape) = &inspection.shape {
-        line(
-            "layers",
-            format!(
-                "{} of hidden {}, feed-forward {}, {} heads of {}, {} KV heads",
-                shape.layers,
-                shape.hidden_size,
-                shape.intermediate_size,
-                shape.heads,
-                shape.head_dim,
-                shape.kv_heads
-            ),
-        );
-        let tied = if shape.tie_word_embeddings { ", output head tied to it" } else { "" };
-        line("vocabulary", format!("{}{tied}", shape.vocabulary_size));
-        let rope = format!("rope theta {}, scaling {}", shape.rope_theta, shape.rope_scaling);
-        line("context", format!("{} tokens, {rope}", shape.max_position_embeddings));
-    }
-    line("parameters", inspection.parameters.to_string());
-    let bits = inspection.bits_per_weight;
-    line("weights", format!("{:.1} MB, {bits:.2} bits per weight", inspection.bytes as f64 / 1e6));
-    if let Some(quantization) = &inspection.quantization {
-        line("quantization", quantization.to_string());
-    }
+/// Names and values of what is true of the whole model.
+fn summary(inspection: &Inspection) -> Vec<(&'static str, String)> {
     let there = |there: bool| if there { "yes" } else { "no" }.to_owned();
-    line("tokenizer", there(inspection.tokenizer));
-    line("chat template", there(inspection.chat_template));
+    let mut lines = vec![
+        ("model", inspection.path.display().to_string()),
+        ("format", inspection.format.to_owned()),
+        ("architecture", inspection.architecture.clone()),
+    ];
+    if let Some(shape) = &inspection.shape {
+        let heads = format!("{} heads of {}, {} KV heads", shape.heads, shape.head_dim, shape.kv_heads);
+        let widths = format!("hidden {}, feed-forward {}", shape.hidden_size, shape.intermediate_size);
+        let tied = if shape.tie_word_embeddings { ", output head tied to it" } else { "" };
+        let rope = format!("rope theta {}, scaling {}", shape.rope_theta, shape.rope_scaling);
+        lines.extend([
+            ("layers", format!("{} of {widths}, {heads}", shape.layers)),
+            ("vocabulary", format!("{}{tied}", shape.vocabulary_size)),
+            ("context", format!("{} tokens, {rope}", shape.max_position_embeddings)),
+        ]);
+    }
+    let (megabytes, bits) = (inspection.bytes as f64 / 1e6, inspection.bits_per_weight);
+    lines.extend([
+        ("parameters", inspection.parameters.to_string()),
+        ("weights", format!("{megabytes:.1} MB, {bits:.2} bits per weight")),
+    ]);
+    lines.extend(inspection.quantization.as_ref().map(|settings| ("quantization", settings.to_string())));
+    lines.extend([
+        ("tokenizer", there(inspection.tokenizer)),
+        ("chat template", there(inspection.chat_template)),
+    ]);
+    lines
 }
 
-/// The weights outside of the layers, then those of each run of layers that are alike.
-fn print_table(inspection: &Inspection) {
-    let name_width = inspection.weights.iter().map(|weight| weight.short_name().len()).max().unwrap_or(0);
+/// The weights outside of the layers, then those of each kind of layer.
+fn table(inspection: &Inspection) -> Vec<String> {
+    let width = inspection.weights.iter().map(|weight| weight.short_name().len()).max().unwrap_or(0);
     let row = |weight: &Weight| {
         let group = weight.group_size.map_or_else(String::new, |size| size.to_string());
-        println!(
-            "  {:<name_width$}  {:<7}  {:>16}  {:>12}  {:>6.2}  {:>5}",
-            weight.short_name(),
-            weight.dtype,
-            format!("{:?}", weight.shape),
-            weight.bytes,
-            weight.bits_per_weight,
-            group
-        );
+        let shape = format!("{:?}", weight.shape);
+        let (name, dtype, bytes, bits) =
+            (weight.short_name(), &weight.dtype, weight.bytes, weight.bits_per_weight);
+        format!("  {name:<width$}  {dtype:<7}  {shape:>16}  {bytes:>12}  {bits:>6.2}  {group:>5}")
     };
-    println!(
-        "  {:<name_width$}  {:<7}  {:>16}  {:>12}  {:>6}  {:>5}",
-        "weight", "type", "shape", "bytes", "bits", "group"
-    );
-    inspection.weights_of(None).for_each(row);
-    for run in &inspection.layers {
-        let layers = match run.last - run.first {
-            0 => format!("layer {}", run.first),
-            others => format!("layers {} to {}, each of {}", run.first, run.last, others + 1),
-        };
-        let megabytes = run.bytes as f64 / 1e6;
-        let (parameters, bits) = (run.parameters, run.bits_per_weight);
-        println!("{layers}: {parameters} parameters, {megabytes:.1} MB, {bits:.2} bits per weight");
-        inspection.weights_of(Some(run.first)).for_each(row);
+    let (name, dtype, shape, bytes, bits, group) = ("weight", "type", "shape", "bytes", "bits", "group");
+    let mut lines =
+        vec![format!("  {name:<width$}  {dtype:<7}  {shape:>16}  {bytes:>12}  {bits:>6}  {group:>5}")];
+    lines.extend(inspection.weights_of(None).map(row));
+    for kind in &inspection.layers {
+        let noun = if kind.layers.len() == 1 { "layer" } else { "layers" };
+        let each = if kind.layers.len() == 1 { "" } else { "each " };
+        let (parameters, megabytes, bits) = (kind.parameters, kind.bytes as f64 / 1e6, kind.bits_per_weight);
+        lines.push(format!(
+            "{noun} {}: {each}{parameters} parameters, {megabytes:.1} MB, {bits:.2} bits per weight",
+            ranges(&kind.layers)
+        ));
+        lines.extend(inspection.weights_of(kind.layers.first().copied()).map(row));
+    }
+    lines
+}
+
+/// Ascending numbers as ranges: `0-1, 3, 6-7`.
+fn ranges(numbers: &[usize]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b).filter_map(|run| Some((run.first()?, run.last()?)));
+    let texts: Vec<String> = runs
+        .map(|(first, last)| if first == last { first.to_string() } else { format!("{first}-{last}") })
+        .collect();
+    texts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_written_as_a_range() {
+        assert_eq!(ranges(&[0, 1, 3, 6, 7, 8]), "0-1, 3, 6-8");
+        assert_eq!(ranges(&[4]), "4");
     }
 }

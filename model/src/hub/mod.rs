@@ -22,13 +22,12 @@ use crate::checkpoint::{self, INDEX_FILE, SINGLE_FILE};
 use crate::error::CheckpointError;
 
 /// The small files of a model that are read; only the first must be there.
-const SMALL_FILES: [&str; 8] = [
+const SMALL_FILES: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "quantize_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 ];

@@ -38,8 +38,8 @@ pub struct Inspection {
     pub tokenizer: bool,
     /// Whether there is a chat template.
     pub chat_template: bool,
-    /// Runs of decoder layers that are alike.
-    pub layers: Vec<LayerRun>,
+    /// Kinds of decoder layers.
+    pub layers: Vec<LayerKind>,
     /// Every weight, in the order of the model.
     pub weights: Vec<Weight>,
 }
@@ -71,13 +71,11 @@ pub struct Shape {
     pub tie_word_embeddings: bool,
 }
 
-/// Decoder layers `first` to `last` with the same weights.
+/// Decoder layers with the same weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LayerRun {
-    /// The first.
-    pub first: usize,
-    /// The last.
-    pub last: usize,
+pub struct LayerKind {
+    /// Which, ascending.
+    pub layers: Vec<usize>,
     /// Elements of one layer.
     pub parameters: u64,
     /// Bytes of one layer.
@@ -143,7 +141,7 @@ impl Contents {
             quantization: self.quantization,
             tokenizer: self.tokenizer,
             chat_template: self.chat_template,
-            layers: runs(&self.weights),
+            layers: kinds(&self.weights),
             weights: self.weights,
         }
     }
@@ -218,28 +216,22 @@ fn bits_per_weight(bytes: u64, parameters: u64) -> f64 {
     if parameters == 0 { 0.0 } else { 8.0 * bytes as f64 / parameters as f64 }
 }
 
-/// Runs of layers with the same weights. `weights` are sorted by layer, then by name.
-fn runs(weights: &[Weight]) -> Vec<LayerRun> {
-    let layers: Vec<&[Weight]> = weights
-        .chunk_by(|a, b| a.layer == b.layer)
-        .filter(|weights| weights.first().is_some_and(|weight| weight.layer.is_some()))
-        .collect();
-    let alike =
-        |a: &&[Weight], b: &&[Weight]| a.len() == b.len() && a.iter().zip(*b).all(|(a, b)| a.is_like(b));
-    layers
-        .chunk_by(alike)
-        .filter_map(|run| {
-            let layer = |weights: Option<&&[Weight]>| weights?.first()?.layer;
-            let one = run.first()?;
-            let parameters = one.iter().map(|weight| weight.parameters).sum();
-            let bytes = one.iter().map(|weight| weight.bytes).sum();
-            Some(LayerRun {
-                first: layer(run.first())?,
-                last: layer(run.last())?,
-                parameters,
-                bytes,
-                bits_per_weight: bits_per_weight(bytes, parameters),
-            })
-        })
-        .collect()
+/// The kinds of layers, by their first. `weights` are sorted by layer, then by name.
+fn kinds(weights: &[Weight]) -> Vec<LayerKind> {
+    let mut kinds: Vec<(&[Weight], LayerKind)> = Vec::new();
+    for weights in weights.chunk_by(|a, b| a.layer == b.layer) {
+        let Some(layer) = weights.first().and_then(|weight| weight.layer) else { continue };
+        let alike = |(other, _): &&mut (&[Weight], LayerKind)| {
+            other.len() == weights.len() && other.iter().zip(weights).all(|(a, b)| a.is_like(b))
+        };
+        if let Some((_, kind)) = kinds.iter_mut().find(alike) {
+            kind.layers.push(layer);
+            continue;
+        }
+        let parameters = weights.iter().map(|weight| weight.parameters).sum();
+        let bytes = weights.iter().map(|weight| weight.bytes).sum();
+        let bits_per_weight = bits_per_weight(bytes, parameters);
+        kinds.push((weights, LayerKind { layers: vec![layer], parameters, bytes, bits_per_weight }));
+    }
+    kinds.into_iter().map(|(_, kind)| kind).collect()
 }

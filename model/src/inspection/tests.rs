@@ -3,15 +3,15 @@ use safetensors::Dtype;
 use super::*;
 use crate::checkpoint::CheckpointWriter;
 
-/// A directory of `layers` layers with one norm and one GPTQ layer of `[16, 32]` in groups of 16 each; the last
-/// layer's is not quantized.
+/// A directory of `layers` layers with one norm and one GPTQ layer of `[16, 32]` in groups of 16 each; that of
+/// layer 5 is not quantized.
 fn write(directory: &Path, layers: usize) {
     let mut writer = CheckpointWriter::create(directory, u64::MAX).unwrap();
     writer.tensor("model.norm.weight", Dtype::F16, &[16], &[0; 32]).unwrap();
     for layer in 0..layers {
         let name = |name: &str| format!("model.layers.{layer}.{name}");
         writer.tensor(&name("input_layernorm.weight"), Dtype::F16, &[16], &[0; 32]).unwrap();
-        if layer + 1 == layers {
+        if layer == 5 {
             writer.tensor(&name("mlp.up_proj.weight"), Dtype::F16, &[16, 32], &[0; 1024]).unwrap();
             continue;
         }
@@ -31,7 +31,7 @@ fn write(directory: &Path, layers: usize) {
 }
 
 #[test]
-fn a_gptq_layer_is_one_weight_and_layers_that_are_alike_are_one_run() {
+fn a_gptq_layer_is_one_weight_and_layers_that_are_alike_are_one_kind() {
     let parent = tempfile::tempdir().unwrap();
     let directory = parent.path().join("model");
     write(&directory, 12);
@@ -41,8 +41,9 @@ fn a_gptq_layer_is_one_weight_and_layers_that_are_alike_are_one_run() {
     assert_eq!((weight.bytes, weight.group_size), (256 + 16 + 64 + 128, Some(16)));
     assert!((weight.bits_per_weight - 7.25).abs() < 1e-9);
     assert_eq!(weight.short_name(), "mlp.up_proj");
-    let runs: Vec<_> = found.layers.iter().map(|run| (run.first, run.last, run.bytes)).collect();
-    assert_eq!(runs, [(0, 10, 464 + 32), (11, 11, 1024 + 32)]);
+    let kinds: Vec<_> = found.layers.iter().map(|kind| (kind.layers.as_slice(), kind.bytes)).collect();
+    let quantized: Vec<usize> = (0..12).filter(|&layer| layer != 5).collect();
+    assert_eq!(kinds, [(quantized.as_slice(), 464 + 32), (&[5][..], 1024 + 32)]);
     assert_eq!(found.parameters, 16 + 12 * (16 + 512));
     assert_eq!(found.bytes, 32 + 11 * 496 + 1056);
     assert_eq!(found.weights_of(None).count(), 1);
