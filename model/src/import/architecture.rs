@@ -1,7 +1,7 @@
 //! The shape of a model, from the metadata of a GGUF file to [`ModelConfig`] and from there to config.json.
 //!
 //! config.json is written in the older of its two generations (`rope_theta`, `rope_scaling`, `torch_dtype`):
-//! transformers 4 and 5, vLLM and others read it.
+//! transformers 4 and 5 read it.
 
 use nibble_kernels::tensor::FloatType;
 use serde_json::{Value, json};
