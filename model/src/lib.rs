@@ -9,6 +9,8 @@ pub mod evaluation;
 pub mod formats;
 pub mod forward;
 pub mod gguf;
+pub mod hub;
 pub mod import;
+pub mod inspection;
 mod mapped_file;
 pub mod tokenizer;

@@ -4,5 +4,6 @@ pub(crate) mod bench;
 pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod import;
+pub(crate) mod inspect;
 pub(crate) mod quantize;
 pub(crate) mod serve;

@@ -39,7 +39,6 @@ use crate::mapped_file::MappedFile;
 pub struct GgufFile {
     path: PathBuf,
     map: MappedFile,
-    version: u32,
     metadata: BTreeMap<String, MetadataValue>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -74,23 +73,12 @@ impl GgufFile {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let map = MappedFile::open(path)?;
         let parsed = parser::parse(path, &map)?;
-        Ok(Self {
-            path: path.to_owned(),
-            map,
-            version: parsed.version,
-            metadata: parsed.metadata,
-            tensors: parsed.tensors,
-        })
+        Ok(Self { path: path.to_owned(), map, metadata: parsed.metadata, tensors: parsed.tensors })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// The version of the format.
-    pub fn version(&self) -> u32 {
-        self.version
     }
 
     /// The metadata of `key`, if present.

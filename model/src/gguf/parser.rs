@@ -16,7 +16,6 @@ const LEAST_TENSOR_BYTES: usize = 8 + 4 + 8 + 4 + 8;
 
 /// The header of a file.
 pub(super) struct Parsed {
-    pub(super) version: u32,
     pub(super) metadata: BTreeMap<String, MetadataValue>,
     pub(super) tensors: BTreeMap<String, Entry>,
 }
@@ -32,8 +31,7 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Parsed, CheckpointError
         ));
     }
     reader.position = MAGIC.len();
-    let version = reader.u32("the version")?;
-    check_version(path, version)?;
+    check_version(path, reader.u32("the version")?)?;
     let tensor_count = reader.count("the number of tensors", LEAST_TENSOR_BYTES)?;
     let entry_count = reader.count("the number of metadata entries", LEAST_ENTRY_BYTES)?;
     let mut metadata = BTreeMap::new();
@@ -62,7 +60,7 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Parsed, CheckpointError
         })
         .collect::<Result<BTreeMap<_, _>, CheckpointError>>()?;
     refuse_overlap(&reader, &tensors)?;
-    Ok(Parsed { version, metadata, tensors })
+    Ok(Parsed { metadata, tensors })
 }
 
 fn check_version(path: &Path, version: u32) -> Result<(), CheckpointError> {

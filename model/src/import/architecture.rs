@@ -1,7 +1,7 @@
 //! The shape of a model, from the metadata of a GGUF file to [`ModelConfig`] and from there to config.json.
 //!
 //! config.json is written in the older of its two generations (`rope_theta`, `rope_scaling`, `torch_dtype`):
-//! transformers 4 and 5, vLLM and others read it.
+//! transformers 4 and 5 read it.
 
 use nibble_kernels::tensor::FloatType;
 use serde_json::{Value, json};
@@ -83,7 +83,7 @@ fn vocabulary_size(gguf: &GgufFile) -> Result<usize, CheckpointError> {
 fn head_dim(metadata: &Metadata<'_>, hidden_size: usize, heads: usize) -> Result<usize, CheckpointError> {
     let head_dim = match metadata.optional_size("attention.key_length")? {
         Some(size) => size,
-        None if hidden_size % heads == 0 => hidden_size / heads,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             let expected = format!("a multiple of attention.head_count {heads}");
             return Err(metadata.mismatch("embedding_length", hidden_size, expected));

@@ -17,7 +17,7 @@ import regex
 import sentencepiece
 
 TEXTS = [
-    "", " ", "   ", "Hello world", " Hello  world  ", "I'm you're WE'LL it's they'D", "12345 3.14159 1,000,000 x2",
+    "", " ", "   ", "Hello world", " Hello  world  ", "I'm you're WE'LL it's they'D", "12345 3.14159 1,000,000 x2", "5²½ⅧⅨ 1²3",
     "a\nb\r\n\n\n c\t\td \n", "naïve café déjà vu, Ελληνικά, русский", "日本語のテキスト。漢字", "한국어 텍스트",
     "😀👩‍👩‍👧‍👦🇫🇷 emoji", "def f(x):\n    return x**2  # comment\n\n\tif x:\n", "e\u0301 and \u00e9",
     "\u200b zero width\u00a0space", "العربية हिन्दी ไทย", "!!!???...--- /path/to/file\n/",
@@ -34,7 +34,7 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # name: (expressions applied one after the other, NFC first, whole words before merges)
 PRE_TOKENIZERS = {
     "gpt-2": ([GPT2], False, False),
-    "smollm": ([r"\p{Nd}|[^\p{Nd}]+", GPT2], False, False),
+    "smollm": ([r"\p{N}|[^\p{N}]+", GPT2], False, False),
     "qwen2": ([rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"], True, False),
     "llama-bpe": ([rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"], False, True),
     "tekken": (
