@@ -114,6 +114,13 @@ fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_
         assert_eq!(stats.decode_seconds.count, 65);
         assert_eq!(stats.step_tokens.count, stats.steps);
         assert_eq!(stats.last_step_age, None);
+        // Once more: what the cache still has is not computed again.
+        for (request, alone) in requests.iter().zip(&alone) {
+            let stream = Stream::submit(&handle, request.clone()).expect("accepted");
+            assert_eq!(&stream.finish(), alone, "{blocks} blocks, with prefixes cached");
+        }
+        let hits = handle.stats().prefix_cache_hits - stats.prefix_cache_hits;
+        assert_eq!(hits > 500, blocks == 2000, "{hits} of {prompt_tokens} tokens found in {blocks} blocks");
         drop(handle);
         assert_eq!(engine.join(), Ok(()));
     }
@@ -358,4 +365,65 @@ fn a_configuration_or_a_runner_that_allows_no_step_is_refused() {
     ] {
         assert!(matches!(refused(limits, EngineConfig::default()), Some(StartError::Limits(_))));
     }
+}
+
+#[test]
+fn after_thousands_of_requests_aborts_and_hang_ups_from_many_threads_nothing_is_left() {
+    let config = EngineConfig { max_step_tokens: 64, max_running_sequences: 16, ..Default::default() };
+    let (engine, handle) = start(runner(100), config);
+    const THREADS: u64 = 8;
+    const REQUESTS: u64 = 500;
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let handle = handle.clone();
+            scope.spawn(move || {
+                let mut streams = Vec::new();
+                for number in 0..REQUESTS {
+                    let seed = thread * REQUESTS + number;
+                    let request = sampled(seed);
+                    let stream = loop {
+                        match Stream::submit(&handle, request.clone()) {
+                            Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
+                            submitted => break submitted.expect("accepted"),
+                        }
+                    };
+                    match mix(seed, 77) % 6 {
+                        0 => handle.abort(stream.id),
+                        1 => drop(stream),
+                        2 => {
+                            stream.next();
+                            // Hangs up after its first event.
+                        }
+                        3 => streams.push((request, stream)),
+                        _ => {
+                            let aborted = stream.id;
+                            streams.push((request, stream));
+                            if mix(seed, 78).is_multiple_of(2) {
+                                handle.abort(aborted);
+                            }
+                        }
+                    }
+                }
+                for (request, stream) in streams {
+                    let completion = stream.finish();
+                    let RequestEvent::Finished { prompt_tokens, completion_tokens, reason, .. } =
+                        completion.end
+                    else {
+                        panic!("{:?}", completion.end)
+                    };
+                    assert_eq!(prompt_tokens, request.prompt.len());
+                    let stop = usize::from(reason == FinishReason::Stop);
+                    assert_eq!(completion_tokens, completion.token_ids.len() + stop);
+                }
+            });
+        }
+    });
+    handle.drain(Instant::now() + support::PATIENCE);
+    assert_eq!(engine.join(), Ok(()));
+    let stats = handle.stats();
+    let finished = stats.finished;
+    assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0));
+    assert_eq!(finished.stop + finished.length + finished.aborted, THREADS * REQUESTS);
+    assert_eq!(finished.failed, 0);
+    assert!(finished.aborted > 500, "{finished:?}");
 }
