@@ -234,7 +234,9 @@ impl EngineHandle {
 
     /// Stops admission at once and lets the engine finish what it accepted; what is still open at `deadline`
     /// is aborted, then the engine stops. Returns at once: [`EngineHandle::health`] turns from
-    /// [`Health::Draining`] to [`Health::Stopped`], and the engine's `join` returns.
+    /// [`Health::Draining`] to [`Health::Stopped`], and [`crate::Engine::join`] returns. Of several deadlines
+    /// the earliest counts. A step that hangs is not interrupted: whoever must stop in time looks at
+    /// [`EngineStats::last_step_age`] and leaves the process.
     pub fn drain(&self, deadline: Instant) {
         let mut state = self.shared.state();
         if state.health == Health::Ready {

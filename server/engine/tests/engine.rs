@@ -5,8 +5,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nibble_engine::{
-    Engine, EngineConfig, EngineHandle, FinishReason, Health, Request, RequestEvent, SamplingParameters,
-    StartError, StepRunner, SubmitError,
+    Engine, EngineConfig, EngineHandle, EventSink, FinishReason, Health, Request, RequestEvent,
+    SamplingParameters, SinkState, StartError, StepRunner, SubmitError,
 };
 use support::{Completion, Fault, ScriptedRunner, Stream, eventually, expected_greedy, gated, greedy, mix};
 
@@ -316,6 +316,28 @@ fn a_runner_that_fails_panics_or_answers_nonsense_fails_every_open_request() {
         assert_eq!((stats.finished.failed, stats.running, stats.waiting), (4, 0, 0));
         assert_eq!(stats.last_step_age, None);
     }
+}
+
+#[test]
+fn a_sink_that_panics_fails_the_engine_and_every_other_request_hears_of_it() {
+    struct PanickingSink;
+    impl EventSink for PanickingSink {
+        fn send(&mut self, event: RequestEvent) -> SinkState {
+            panic!("no place for {event:?}");
+        }
+    }
+    let (runner, gate) = gated(runner(64));
+    let (engine, handle) = start(runner, EngineConfig::default());
+    let before = Stream::submit(&handle, sampled_long(1)).expect("accepted");
+    handle.submit(sampled_long(2), Box::new(PanickingSink)).expect("accepted");
+    let after = Stream::submit(&handle, sampled_long(3)).expect("accepted");
+    drop(gate);
+    for stream in [before, after] {
+        let end = stream.finish().end;
+        assert!(matches!(&end, RequestEvent::Failed { message } if message.contains("no place")), "{end:?}");
+    }
+    assert!(engine.join().is_err_and(|failure| failure.message.contains("no place")));
+    assert!(matches!(handle.health(), Health::Failed { .. }));
 }
 
 fn sampled_long(seed: u64) -> Request {
