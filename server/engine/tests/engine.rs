@@ -190,7 +190,7 @@ fn an_abort_during_a_step_ends_the_request_with_that_step_and_without_its_token(
 #[test]
 fn requests_that_can_never_run_are_refused_at_once() {
     let (_engine, handle) = start(runner(4), EngineConfig::default());
-    let submit = |request| Stream::submit(&handle, request).map(|stream| stream.finish());
+    let submit = |request| Stream::submit(&handle, request).map(Stream::finish);
     // 4 blocks of 4 tokens, and a last token that needs no place.
     assert_eq!(handle.maximum_tokens(), 17);
     assert!(submit(greedy(prompt(10, 1), 7)).is_ok());

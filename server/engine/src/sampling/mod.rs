@@ -1,10 +1,10 @@
 //! From a row of logits to a token, on the host.
 
+mod distribution;
 mod exponential;
 mod parameters;
 pub(crate) mod random;
 mod sampler;
-mod selection;
 #[cfg(test)]
 mod tests;
 

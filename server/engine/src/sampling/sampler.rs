@@ -5,8 +5,7 @@
 //! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
 //! cumulative distribution in the order of token ids.
 
-use super::exponential::{finite_maximum, sum, weights};
-use super::selection::{Buckets, Cut, cut};
+use super::distribution::{Candidate, Distribution, Workspace};
 use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
 use crate::sequence::Sequence;
 
@@ -63,8 +62,7 @@ pub(crate) enum SamplingError {
 #[derive(Default)]
 pub(crate) struct Scratch {
     adjusted: Vec<f32>,
-    weights: Vec<f32>,
-    buckets: Buckets,
+    workspace: Workspace,
     /// Occurrences of each token in the completion, and [`IN_PROMPT`]; all zero between rows.
     occurrences: Vec<u32>,
     occurring: Vec<u32>,
@@ -73,24 +71,21 @@ pub(crate) struct Scratch {
 /// Bit of [`Scratch::occurrences`] of tokens that occur in the prompt.
 const IN_PROMPT: u32 = 1 << 31;
 
-/// Weights added at once while looking for the drawn token.
-const DRAW_CHUNK: usize = 1024;
-
 impl Scratch {
     /// Samples the next token of `row`.
     pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<SampledToken, SamplingError> {
-        let model_maximum = finite_maximum(row.logits).ok_or(SamplingError::NotFinite)?;
-        let token = if self.adjust(row) {
-            let adjusted = std::mem::take(&mut self.adjusted);
-            let maximum = finite_maximum(&adjusted).ok_or(SamplingError::NothingLeft);
-            let token = maximum.map(|maximum| self.choose(row, &adjusted, maximum));
-            self.adjusted = adjusted;
-            token?
-        } else {
-            self.choose(row, row.logits, model_maximum)
+        let adjusts = self.adjust(row);
+        let Self { adjusted, workspace, .. } = self;
+        let values = if adjusts { adjusted } else { row.logits };
+        let distribution = Distribution::new(values, row.parameters.temperature, workspace);
+        let Some(token) = distribution.map(|distribution| choose(row, distribution)) else {
+            let model_is_sound = adjusts && Distribution::new(row.logits, 1.0, workspace).is_some();
+            return Err(if model_is_sound { SamplingError::NothingLeft } else { SamplingError::NotFinite });
         };
-        let logprobs =
-            row.parameters.logprobs.map(|top| self.logprobs(row.logits, model_maximum, token, top));
+        let logprobs = match row.parameters.logprobs {
+            Some(top) => Some(logprobs(row.logits, token, top, workspace)?),
+            None => None,
+        };
         Ok(SampledToken { token_id: token as u32, logprobs })
     }
 
@@ -148,94 +143,35 @@ impl Scratch {
             }
         }
     }
-
-    /// The token to take under the logits `values`, whose largest is `maximum`.
-    fn choose(&mut self, row: &SamplingRow<'_>, values: &[f32], maximum: f32) -> usize {
-        let parameters = row.parameters;
-        if parameters.temperature == 0.0 {
-            let first = values.iter().position(|&value| value == maximum);
-            return first.expect("the maximum of a row is one of its values");
-        }
-        weights(values, maximum, parameters.temperature, &mut self.weights);
-        self.filter(parameters, values, maximum);
-        draw(&self.weights, random::uniform(row.seed, row.completion.len() as u64))
-    }
-
-    /// Sets the weights of tokens that min_p, top_k or top_p leave out to 0. Each keeps the most likely ones.
-    fn filter(&mut self, parameters: &SamplingParameters, values: &[f32], maximum: f32) {
-        let Self { weights, buckets, .. } = self;
-        if parameters.min_p > 0.0 {
-            // The most likely token has weight 1.
-            weights.iter_mut().filter(|weight| **weight < parameters.min_p).for_each(|weight| *weight = 0.0);
-        }
-        let mut leave_out = |weights: &mut [f32], target: f64, count: bool| {
-            let weight = |token: usize| if count { 1.0 } else { f64::from(weights[token]) };
-            if let Some(cut) = cut(values, maximum, target, buckets, weight) {
-                for (token, (weight, &value)) in weights.iter_mut().zip(values).enumerate() {
-                    *weight = if cut.keeps(value, token) { *weight } else { 0.0 };
-                }
-            }
-        };
-        if let Some(top_k) = parameters.top_k.filter(|&top_k| top_k < values.len()) {
-            leave_out(weights, top_k as f64, true);
-        }
-        if parameters.top_p < 1.0 {
-            let target = f64::from(parameters.top_p) * sum(weights);
-            leave_out(weights, target, false);
-        }
-    }
-
-    fn logprobs(&mut self, logits: &[f32], maximum: f32, token: usize, top: usize) -> TokenLogprobs {
-        weights(logits, maximum, 1.0, &mut self.weights);
-        let normalizer = f64::from(maximum) + sum(&self.weights).ln();
-        let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
-        let mut most_likely = Vec::new();
-        if top > 0 {
-            let cut = cut(logits, maximum, top as f64, &mut self.buckets, |_| 1.0);
-            let tokens = logits.iter().enumerate().map(|(token, &value)| Cut { value, token });
-            most_likely
-                .extend(tokens.filter(|token| cut.is_none_or(|cut| cut.keeps(token.value, token.token))));
-            most_likely.sort_unstable_by(Cut::more_likely_first);
-        }
-        let top = most_likely.iter();
-        let top = top.map(|top| TokenLogprob { token_id: top.token as u32, logprob: logprob(top.value) });
-        TokenLogprobs { logprob: logprob(logits[token]), top: top.collect() }
-    }
 }
 
-/// The token at which the cumulative weights, in the order of ids, exceed `uniform` times their sum. At least
-/// one weight is positive.
-fn draw(weights: &[f32], uniform: f64) -> usize {
-    let chunk_sum = |chunk: &[f32]| sum(chunk);
-    let mut missing = uniform * weights.chunks(DRAW_CHUNK).map(chunk_sum).sum::<f64>();
-    let mut last_likely = 0;
-    for (index, chunk) in weights.chunks(DRAW_CHUNK).enumerate() {
-        let in_chunk = chunk_sum(chunk);
-        if in_chunk <= missing {
-            missing -= in_chunk;
-            if in_chunk > 0.0 {
-                last_likely = index;
-            }
-            continue;
-        }
-        return index * DRAW_CHUNK + draw_within(chunk, missing);
+/// The token to take from a distribution.
+fn choose(row: &SamplingRow<'_>, mut distribution: Distribution<'_>) -> usize {
+    let parameters = row.parameters;
+    if parameters.temperature == 0.0 {
+        return distribution.most_likely_token();
     }
-    // Rounding used everything up: the last token that has a weight.
-    let chunk = &weights[last_likely * DRAW_CHUNK..];
-    last_likely * DRAW_CHUNK + draw_within(&chunk[..chunk.len().min(DRAW_CHUNK)], f64::INFINITY)
+    let min_p = (parameters.min_p > 0.0).then(|| distribution.min_p_cut(parameters.min_p));
+    let top_k = parameters.top_k.and_then(|top_k| distribution.top_k_cut(top_k));
+    // Both keep a prefix of the same order: together they keep the shorter one.
+    let mut cut = min_p.into_iter().chain(top_k).min_by(Candidate::more_likely_first);
+    if parameters.top_p < 1.0 {
+        cut = distribution.top_p_cut(parameters.top_p, cut);
+    }
+    distribution.draw(random::uniform(row.seed, row.completion.len() as u64), cut)
 }
 
-/// The first token at which the cumulative weights exceed `missing`, or the last one that has a weight.
-fn draw_within(weights: &[f32], mut missing: f64) -> usize {
-    let mut last_likely = 0;
-    for (token, &weight) in weights.iter().enumerate() {
-        if weight > 0.0 {
-            last_likely = token;
-            missing -= f64::from(weight);
-            if missing < 0.0 {
-                break;
-            }
-        }
-    }
-    last_likely
+/// The log probabilities of `token` and of the `top` most likely tokens under the model's own distribution.
+fn logprobs(
+    logits: &[f32],
+    token: usize,
+    top: usize,
+    workspace: &mut Workspace,
+) -> Result<TokenLogprobs, SamplingError> {
+    let mut distribution = Distribution::new(logits, 1.0, workspace).ok_or(SamplingError::NotFinite)?;
+    let normalizer = distribution.log_normalizer();
+    let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let top = distribution.most_likely(top).iter();
+    let top = top.map(|top| TokenLogprob { token_id: top.token, logprob: logprob(top.value) }).collect();
+    Ok(TokenLogprobs { logprob: logprob(logits[token]), top })
 }

@@ -163,7 +163,12 @@ impl Gate {
 }
 
 impl ScriptedRunner {
-    pub(crate) fn new(blocks: usize, block_size: usize, vocabulary_size: usize, eos_token_ids: &[u32]) -> Self {
+    pub(crate) fn new(
+        blocks: usize,
+        block_size: usize,
+        vocabulary_size: usize,
+        eos_token_ids: &[u32],
+    ) -> Self {
         let limits = RunnerLimits {
             blocks,
             block_size,
