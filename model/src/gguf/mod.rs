@@ -19,6 +19,7 @@
 //! Source: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 mod blocks;
+mod element_type;
 mod metadata;
 mod parser;
 
@@ -27,6 +28,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use blocks::BlockType;
+pub use element_type::{ElementType, UndecodedType};
 pub use metadata::{MetadataArray, MetadataValue};
 
 use crate::error::CheckpointError;
@@ -51,27 +53,6 @@ struct Entry {
     bytes: Range<usize>,
 }
 
-/// How the elements of a tensor are stored: ggml's `ggml_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ElementType {
-    /// A type that can be decoded.
-    Block(BlockType),
-    /// A type of ggml that Nibble knows only by name.
-    Known(&'static str),
-    /// A number that no known type has.
-    Unknown(u32),
-}
-
-impl std::fmt::Display for ElementType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Block(block) => f.write_str(block.name()),
-            Self::Known(name) => f.write_str(name),
-            Self::Unknown(number) => write!(f, "ggml type {number}"),
-        }
-    }
-}
-
 /// A tensor of a GGUF file.
 #[derive(Clone, Copy, Debug)]
 pub struct GgufTensor<'a> {
@@ -81,7 +62,7 @@ pub struct GgufTensor<'a> {
     pub element_type: ElementType,
     /// Its shape, slowest dimension first.
     pub shape: &'a [usize],
-    /// Its blocks, row by row. For an element type that cannot be decoded the size is not known: empty then.
+    /// Its blocks, row by row. Empty when the type is unknown, and so its size.
     pub data: &'a [u8],
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{BlockType, ElementType, Entry, MetadataArray, MetadataValue};
+use super::{ElementType, Entry, MetadataArray, MetadataValue};
 use crate::error::CheckpointError;
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -286,18 +286,17 @@ impl<'a> Reader<'a> {
         let Some(elements) = elements else {
             return Err(wrong(format!("has the impossible shape {shape:?}")));
         };
-        let length = match element_type {
-            ElementType::Block(block) => {
+        let length = match element_type.block() {
+            Some((block_elements, block_bytes)) => {
                 let row = shape.last().copied().unwrap_or(0);
-                if row % block.elements() != 0 {
-                    let (name, size) = (block.name(), block.elements());
+                if row % block_elements != 0 {
                     return Err(wrong(format!(
-                        "has rows of {row} elements, not a multiple of {size} for {name}"
+                        "has rows of {row} elements, not a multiple of {block_elements} for {element_type}"
                     )));
                 }
-                (elements / block.elements()).checked_mul(block.bytes())
+                (elements / block_elements).checked_mul(block_bytes)
             }
-            ElementType::Known(_) | ElementType::Unknown(_) => Some(0),
+            None => Some(0),
         };
         if offset % alignment as u64 != 0 {
             return Err(wrong(format!(
@@ -333,35 +332,3 @@ const ARRAY: u32 = 9;
 const U64: u32 = 10;
 const I64: u32 = 11;
 const F64: u32 = 12;
-
-impl ElementType {
-    /// The type with the number `number` in `ggml_type`.
-    fn from_number(number: u32) -> Self {
-        if let Some(block) = BlockType::ALL.into_iter().find(|block| block.number() == number) {
-            return Self::Block(block);
-        }
-        Self::Known(match number {
-            9 => "Q8_1",
-            15 => "Q8_K",
-            16 => "IQ2_XXS",
-            17 => "IQ2_XS",
-            18 => "IQ3_XXS",
-            19 => "IQ1_S",
-            20 => "IQ4_NL",
-            21 => "IQ3_S",
-            22 => "IQ2_S",
-            23 => "IQ4_XS",
-            24 => "I8",
-            25 => "I16",
-            26 => "I32",
-            27 => "I64",
-            28 => "F64",
-            29 => "IQ1_M",
-            34 => "TQ1_0",
-            35 => "TQ2_0",
-            39 => "MXFP4",
-            40 => "NVFP4",
-            _ => return Self::Unknown(number),
-        })
-    }
-}
