@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::serve::ListenerExt;
 use nibble_engine::{EngineHandle, Health};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,6 +54,12 @@ pub async fn serve(
         // A sender that is gone means the same as a message.
         let _ = stopped.await;
     };
+    // Each event of a stream is a small packet that must not wait for the next one.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps delaying small packets");
+        }
+    });
     let server = tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(shutdown).into_future());
     let cause = tokio::select! {
         _ = terminate.recv() => Cause::Signal,

@@ -9,8 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use nibble_engine::{Engine, EngineConfig, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
+use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
-use nibble_server::ServedModel;
+use nibble_server::{ServedModel, ServerOptions};
 use tracing_subscriber::EnvFilter;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
@@ -72,6 +73,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let chat_template = ChatTemplate::open(checkpoint.directory())?;
+    let generation_config = GenerationConfig::open(checkpoint.directory())?;
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
         max_model_len: arguments.max_model_len,
@@ -90,10 +92,12 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         name: name.clone(),
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
+        generation_config,
         engine: engine.handle(),
     };
     drop(checkpoint);
-    let router = nibble_server::router(served, arguments.api_key.clone())?;
+    let options = ServerOptions { api_keys: arguments.api_key.clone(), ..ServerOptions::default() };
+    let router = nibble_server::router(served, options)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
     let result = runtime.block_on(async {
         listener.set_nonblocking(true)?;
