@@ -17,6 +17,8 @@ pub(crate) struct Arguments {
 enum Command {
     /// Turn a GGUF file into a Hugging Face directory.
     Import(commands::import::ImportArguments),
+    /// Show what a model holds, layer by layer.
+    Inspect(commands::inspect::InspectArguments),
     /// Serve a model over the OpenAI API.
     Serve(commands::serve::ServeArguments),
     /// Generate text from one prompt.
@@ -33,6 +35,7 @@ impl Arguments {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         match &self.command {
             Command::Import(arguments) => commands::import::run(arguments),
+            Command::Inspect(arguments) => commands::inspect::run(arguments),
             Command::Serve(arguments) => commands::serve::run(arguments),
             Command::Generate(arguments) => commands::generate::run(arguments),
             Command::Eval(arguments) => commands::eval::run(arguments),

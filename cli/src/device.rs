@@ -1,12 +1,12 @@
 //! The device options that commands share, and models loaded on it.
 
-use std::path::Path;
-
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
+
+use crate::hub::model_directory;
 
 /// Where a command computes.
 #[derive(Debug, Args)]
@@ -41,9 +41,9 @@ impl DeviceArguments {
     }
 }
 
-/// Opens the checkpoint in the directory `model`.
+/// Opens the checkpoint of `model`: a directory, or a Hugging Face id.
 pub(crate) fn open_checkpoint(model: &str) -> anyhow::Result<Checkpoint> {
-    Ok(Checkpoint::open(Path::new(model))?)
+    Ok(Checkpoint::open(&model_directory(model)?)?)
 }
 
 /// Loads a checkpoint onto the CPU for sequences of up to `max_positions` tokens.

@@ -5,6 +5,7 @@
 mod arguments;
 mod commands;
 mod device;
+mod hub;
 mod memory;
 mod output;
 

@@ -10,6 +10,8 @@ pub mod formats;
 pub mod forward;
 pub mod generation_config;
 pub mod gguf;
+pub mod hub;
 pub mod import;
+pub mod inspection;
 mod mapped_file;
 pub mod tokenizer;

@@ -11,6 +11,7 @@ use nibble_model::checkpoint::{Checkpoint, DEFAULT_SHARD_BYTES};
 use nibble_model::config::{Architecture, RopeScaling};
 use nibble_model::import::{ImportOptions, ImportSummary, import};
 use nibble_model::tokenizer::Tokenizer;
+use proptest::prelude::*;
 use safetensors::Dtype;
 use tempfile::TempDir;
 
@@ -260,4 +261,28 @@ fn an_output_that_exists_is_kept() {
     let error = import(&source, &out, OPTIONS, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("out") && error.contains("there already"), "{error}");
     assert_eq!(std::fs::read(out.join("precious")).unwrap(), b"kept");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+
+    #[test]
+    fn damaged_files_are_imported_or_refused_but_never_panic_or_leave_a_part(
+        architecture in prop::sample::select(vec!["llama", "qwen2", "qwen3"]),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut bytes = tiny_model::model(architecture).bytes();
+        // The header is where most can go wrong: damage it, not the elements.
+        let header = bytes.len() - bytes.len() / 2;
+        for (index, value) in changes {
+            bytes[index.index(header)] = value;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let (source, out) = (directory.path().join("model.gguf"), directory.path().join("out"));
+        std::fs::write(&source, bytes).unwrap();
+        match import(&source, &out, OPTIONS, &mut |_| {}) {
+            Ok(_) => prop_assert!(out.join("config.json").exists()),
+            Err(_) => assert_only_the_source_is_in(directory.path()),
+        }
+    }
 }

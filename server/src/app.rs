@@ -90,7 +90,7 @@ pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, Serv
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{model}", get(models::one))
+        .route("/v1/models/{*model}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/metrics", get(metrics))

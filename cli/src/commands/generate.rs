@@ -26,7 +26,7 @@ use crate::output::print_json;
     after_help = "Example: nibble generate ./SmolLM2-135M-int4 --prompt \"What is the capital of France?\""
 )]
 pub(crate) struct GenerateArguments {
-    /// A model directory.
+    /// A model directory or a Hugging Face id.
     model: String,
     /// What to answer, or with --raw what to continue.
     #[arg(long)]

@@ -83,7 +83,7 @@ fn vocabulary_size(gguf: &GgufFile) -> Result<usize, CheckpointError> {
 fn head_dim(metadata: &Metadata<'_>, hidden_size: usize, heads: usize) -> Result<usize, CheckpointError> {
     let head_dim = match metadata.optional_size("attention.key_length")? {
         Some(size) => size,
-        None if hidden_size % heads == 0 => hidden_size / heads,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             let expected = format!("a multiple of attention.head_count {heads}");
             return Err(metadata.mismatch("embedding_length", hidden_size, expected));

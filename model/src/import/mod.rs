@@ -76,7 +76,7 @@ pub fn import(
     progress: &mut dyn FnMut(ImportProgress<'_>),
 ) -> Result<ImportSummary, CheckpointError> {
     let gguf = GgufFile::open(source)?;
-    let mut config = architecture::read(&gguf, options.float_type)?;
+    let mut config = shape(&gguf, options.float_type)?;
     let plan = tensors::plan(&gguf, &config)?;
     let tokenizer = tokenizer::read(&gguf, &config)?;
     config.bos_token_id = tokenizer.bos;
@@ -105,6 +105,14 @@ pub fn import(
     }
     writer.finish()?;
     Ok(ImportSummary { config, tensors: plan.len(), bytes })
+}
+
+/// The shape of the model in `gguf`, written in `float_type`. Token ids are left empty.
+///
+/// # Errors
+/// Names the metadata that is missing, malformed or not supported.
+pub(crate) fn shape(gguf: &GgufFile, float_type: FloatType) -> Result<ModelConfig, CheckpointError> {
+    architecture::read(gguf, float_type)
 }
 
 fn dtype(float_type: FloatType) -> Dtype {

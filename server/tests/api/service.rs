@@ -143,6 +143,8 @@ async fn metrics_tell_what_happened() {
         ("nibble:num_preemptions_total{", 0.0),
         ("nibble:prompt_tokens_total{", 4.0),
         ("nibble:generation_tokens_total{", 7.0),
+        ("nibble:prefix_cache_queries_total{", 4.0),
+        ("nibble:prefix_cache_hits_total{", 0.0),
         ("nibble:iteration_tokens_total_count{", 7.0),
         ("nibble:time_to_first_token_seconds_count{", 2.0),
         ("nibble:inter_token_latency_seconds_count{", 4.0),
