@@ -138,7 +138,8 @@ def test_a_client_that_leaves_a_stream_frees_its_sequence(server):
     aborted = server.metric("nibble:request_success_total", 'finished_reason="abort"')
     url = f"{server.url}/v1/completions"
     with httpx.stream("POST", url, json=endless(server, stream=True, n=2), timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         assert server.metric("nibble:num_requests_running") == 2
     server.eventually("the sequences of a client that left still run", server.is_idle)
     assert server.metric("nibble:request_success_total", 'finished_reason="abort"') == aborted + 2
