@@ -14,6 +14,8 @@
 
 mod activations;
 mod matrix;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::path::Path;
