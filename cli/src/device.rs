@@ -1,19 +1,29 @@
 //! The device options that commands share, and models loaded on it.
 
-use std::path::Path;
-
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
 
+use crate::hub::model_directory;
+
 /// Where a command computes.
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArguments {
+    /// The device; auto takes the best there is.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub(crate) device: Device,
     /// Threads of the CPU device; all processors when not given.
     #[arg(long)]
     pub(crate) threads: Option<usize>,
+}
+
+/// The devices of `--device`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
 }
 
 impl DeviceArguments {
@@ -25,13 +35,15 @@ impl DeviceArguments {
 
     /// The CPU device.
     pub(crate) fn cpu(&self) -> Cpu {
-        Cpu::new(self.threads())
+        match self.device {
+            Device::Auto | Device::Cpu => Cpu::new(self.threads()),
+        }
     }
 }
 
-/// Opens the checkpoint in the directory `model`.
+/// Opens the checkpoint of `model`: a directory, or a Hugging Face id.
 pub(crate) fn open_checkpoint(model: &str) -> anyhow::Result<Checkpoint> {
-    Ok(Checkpoint::open(Path::new(model))?)
+    Ok(Checkpoint::open(&model_directory(model)?)?)
 }
 
 /// Loads a checkpoint onto the CPU for sequences of up to `max_positions` tokens.

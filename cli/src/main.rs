@@ -5,6 +5,8 @@
 mod arguments;
 mod commands;
 mod device;
+mod hub;
+mod memory;
 mod output;
 
 use std::process::ExitCode;

@@ -1,10 +1,11 @@
 //! What the commands print: a progress bar on a terminal, plain lines elsewhere, JSON where a script reads.
 
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use tracing_subscriber::EnvFilter;
 
 /// Seconds between plain progress lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -58,8 +59,22 @@ impl Drop for Progress {
     }
 }
 
+/// Logs go to standard error, as RUST_LOG says, or else those of `level` and above.
+pub(crate) fn start_logging(level: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
+}
+
 /// Prints `value` as one JSON document on standard output.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    print_text(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// Prints a long text on standard output. A reader that has seen enough, such as `head`, is no error.
+pub(crate) fn print_text(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
 }

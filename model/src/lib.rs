@@ -1,9 +1,16 @@
 //! Checkpoints, tokenizer, chat template, architectures and the forward pass. Knows models, not requests.
 
+pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
+pub mod detokenizer;
 pub mod error;
 pub mod evaluation;
 pub mod formats;
 pub mod forward;
+pub mod gguf;
+pub mod hub;
+pub mod import;
+pub mod inspection;
+mod mapped_file;
 pub mod tokenizer;

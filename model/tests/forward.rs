@@ -1,116 +1,18 @@
 //! The forward pass on small random models of every architecture: a sequence's logits have the same bits
 //! alone, in a batch, in chunks and over scattered blocks.
 
-use std::path::Path;
-
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model, SequenceRows};
-use safetensors::tensor::{Dtype, TensorView};
+use nibble_tests::tiny_model::{TINY_MODELS, TinyModel, VOCABULARY, tokens};
 
-const VOCABULARY: usize = 90;
-const HIDDEN: usize = 48;
-const INTERMEDIATE: usize = 80;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 16;
 const MAX_POSITIONS: usize = 160;
 
-struct Kind {
-    class: &'static str,
-    tied: bool,
-    qkv_bias: bool,
-    head_norms: bool,
-    extra: &'static str,
-}
-
-const KINDS: [Kind; 4] = [
-    Kind { class: "LlamaForCausalLM", tied: true, qkv_bias: false, head_norms: false, extra: "" },
-    Kind {
-        class: "MistralForCausalLM",
-        tied: false,
-        qkv_bias: false,
-        head_norms: false,
-        extra: r#","sliding_window":21"#,
-    },
-    Kind { class: "Qwen2ForCausalLM", tied: false, qkv_bias: true, head_norms: false, extra: "" },
-    Kind { class: "Qwen3ForCausalLM", tied: true, qkv_bias: false, head_norms: true, extra: "" },
-];
-
-/// Reproducible values in -1.0..1.0.
-fn random(count: usize, seed: usize) -> Vec<f32> {
-    let mut state = (seed as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..count)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
-}
-
-fn write_model(directory: &Path, kind: &Kind) {
-    let mut shapes = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
-        ("model.norm.weight".to_owned(), vec![HIDDEN]),
-    ];
-    if !kind.tied {
-        shapes.push(("lm_head.weight".to_owned(), vec![VOCABULARY, HIDDEN]));
-    }
-    let (query, key) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    for layer in 0..2 {
-        let mut add = |name: &str, shape: Vec<usize>| {
-            shapes.push((format!("model.layers.{layer}.{name}"), shape));
-        };
-        add("input_layernorm.weight", vec![HIDDEN]);
-        add("post_attention_layernorm.weight", vec![HIDDEN]);
-        for (name, width) in [("q", query), ("k", key), ("v", key)] {
-            add(&format!("self_attn.{name}_proj.weight"), vec![width, HIDDEN]);
-            if kind.qkv_bias {
-                add(&format!("self_attn.{name}_proj.bias"), vec![width]);
-            }
-        }
-        if kind.head_norms {
-            add("self_attn.q_norm.weight", vec![HEAD_DIM]);
-            add("self_attn.k_norm.weight", vec![HEAD_DIM]);
-        }
-        add("self_attn.o_proj.weight", vec![HIDDEN, query]);
-        add("mlp.gate_proj.weight", vec![INTERMEDIATE, HIDDEN]);
-        add("mlp.up_proj.weight", vec![INTERMEDIATE, HIDDEN]);
-        add("mlp.down_proj.weight", vec![HIDDEN, INTERMEDIATE]);
-    }
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .enumerate()
-        .map(|(index, (name, shape))| {
-            let values = random(shape.iter().product(), index + 1);
-            let bytes = values.iter().flat_map(|value| (value * 0.5).to_le_bytes()).collect();
-            (name, shape, bytes)
-        })
-        .collect();
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).expect("shape and bytes agree"))
-    });
-    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).expect("written");
-    let config = format!(
-        r#"{{"architectures":["{}"],"vocab_size":{VOCABULARY},"hidden_size":{HIDDEN},
-        "intermediate_size":{INTERMEDIATE},"num_hidden_layers":2,"num_attention_heads":{HEADS},
-        "num_key_value_heads":{KV_HEADS},"head_dim":{HEAD_DIM},"rms_norm_eps":1e-5,"rope_theta":10000.0,
-        "max_position_embeddings":256,"tie_word_embeddings":{},"hidden_act":"silu","torch_dtype":"float32",
-        "bos_token_id":1,"eos_token_id":2{}}}"#,
-        kind.class, kind.tied, kind.extra
-    );
-    std::fs::write(directory.join("config.json"), config).expect("written");
-}
-
-fn load(kind: &Kind) -> Model<Cpu> {
+fn load(model: &TinyModel) -> Model<Cpu> {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    write_model(directory.path(), kind);
+    model.write(directory.path());
     let checkpoint = Checkpoint::open(directory.path()).expect("a valid checkpoint");
     Model::load(Cpu::new(2), &checkpoint, MAX_POSITIONS).expect("a valid model")
-}
-
-fn tokens(count: usize, seed: usize) -> Vec<u32> {
-    random(count, seed).iter().map(|value| ((value + 1.0) / 2.0 * VOCABULARY as f32) as u32).collect()
 }
 
 /// The logits of every token of `tokens`, run in chunks of `chunk` over `block_table`.
@@ -131,8 +33,8 @@ fn in_chunks(
 
 #[test]
 fn logits_have_the_same_bits_whole_in_chunks_and_over_scattered_blocks() {
-    for kind in &KINDS {
-        let mut model = load(kind);
+    for tiny in &TINY_MODELS {
+        let mut model = load(tiny);
         let tokens = tokens(101, 5);
         let blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
         let in_order: Vec<u32> = (0..blocks).collect();
@@ -142,15 +44,15 @@ fn logits_have_the_same_bits_whole_in_chunks_and_over_scattered_blocks() {
         assert!(whole.iter().all(|logit| logit.is_finite()));
         for chunk in [1, 7, 64] {
             let chunked = in_chunks(&mut model, &mut cache, &tokens, chunk, &scattered);
-            assert_eq!(chunked, whole, "{} in chunks of {chunk}", kind.class);
+            assert_eq!(chunked, whole, "{} in chunks of {chunk}", tiny.name);
         }
     }
 }
 
 #[test]
 fn logits_have_the_same_bits_alone_and_among_seven_others() {
-    for kind in &KINDS {
-        let mut model = load(kind);
+    for tiny in &TINY_MODELS {
+        let mut model = load(tiny);
         let mut cache = model.kv_cache(8 * 4);
         let sequences: Vec<Vec<u32>> = (0..8).map(|index| tokens(20 + 5 * index, 50 + index)).collect();
         let table = |index: usize| -> Vec<u32> { (0..4).map(|block| (block * 8 + index) as u32).collect() };
@@ -172,7 +74,7 @@ fn logits_have_the_same_bits_alone_and_among_seven_others() {
         for (index, tokens) in sequences.iter().enumerate() {
             let alone = in_chunks(&mut model, &mut cache, tokens, tokens.len(), &[0, 1, 2, 3]);
             let last = &alone[(tokens.len() - 1) * VOCABULARY..];
-            assert_eq!(together.row(index), last, "{} sequence {index}", kind.class);
+            assert_eq!(together.row(index), last, "{} sequence {index}", tiny.name);
         }
     }
 }
@@ -189,7 +91,7 @@ fn a_broken_batch_is_refused_with_the_rule_it_breaks() {
         ("consecutive", |batch| batch.positions[4] = 9),
         ("sequences cover", |batch| batch.sequences.clear()),
     ];
-    let mut model = load(&KINDS[0]);
+    let mut model = load(&TINY_MODELS[0]);
     let mut cache = model.kv_cache(1);
     for (problem, break_it) in cases {
         let mut batch = Batch::single(&tokens(10, 1), 0, vec![0]);

@@ -4,6 +4,8 @@
 //! for are drawn without repetition by a seed, in the order of the text. Each begins with the tokens that the
 //! model's tokenizer puts before a text (a beginning-of-sequence token, or none).
 
+mod generated;
+
 use std::path::Path;
 
 use nibble_model::config::ModelConfig;

@@ -21,7 +21,7 @@ pub(crate) enum BenchCommand {
 /// Arguments of `nibble bench latency`.
 #[derive(Debug, Args)]
 pub(crate) struct LatencyArguments {
-    /// A model directory.
+    /// A model directory or a Hugging Face id.
     model: String,
     /// Tokens of the prompt, run as one step.
     #[arg(long, default_value_t = 512)]

@@ -16,7 +16,7 @@ use crate::output::{Progress, print_json};
 #[derive(Debug, Args)]
 #[command(after_help = "Example: nibble eval ./SmolLM2-135M-int4 --text test.txt --window 512 --windows 40")]
 pub(crate) struct EvalArguments {
-    /// A model directory.
+    /// A model directory or a Hugging Face id.
     model: String,
     /// The text to score, UTF-8.
     #[arg(long, value_name = "FILE")]

@@ -2,4 +2,8 @@
 
 pub(crate) mod bench;
 pub(crate) mod eval;
+pub(crate) mod generate;
+pub(crate) mod import;
+pub(crate) mod inspect;
 pub(crate) mod quantize;
+pub(crate) mod serve;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{WindowOptions, evaluate};
@@ -14,7 +14,7 @@ use nibble_quantizer::{Calibration, GptqSettings, Method, RangeSearch, Report, S
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
-use crate::output::{Progress, print_json};
+use crate::output::{Progress, print_json, start_logging};
 
 /// Arguments of `nibble quantize`.
 #[derive(Debug, Args)]
@@ -49,8 +49,9 @@ pub(crate) struct QuantizeArguments {
     /// error (default of gptq).
     #[arg(long, value_enum)]
     range: Option<RangeArgument>,
-    /// A UTF-8 text to calibrate on; gptq needs it, rtn only measures its error with it.
-    #[arg(long, value_name = "FILE", required_if_eq("method", "gptq"))]
+    /// A UTF-8 text to calibrate on, or the word self: a text that the model writes, which needs the whole model
+    /// in memory. gptq needs one, rtn only measures its error with it.
+    #[arg(long, value_name = "FILE|self", required_if_eq("method", "gptq"))]
     calibration: Option<PathBuf>,
     /// Calibration sequences to draw from the text.
     #[arg(long, value_name = "N", default_value_t = 128)]
@@ -141,24 +142,17 @@ impl QuantizeArguments {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
+    start_logging("warn");
     let started = Instant::now();
     let checkpoint = open_checkpoint(&arguments.model)?;
     let settings = arguments.settings();
     // A text that cannot be scored must not be found out after the work.
     let eval_tokens = match &arguments.eval_text {
-        Some(text) => Some(read_tokens(&checkpoint, text)?),
+        Some(text) => Some(read_tokens(&checkpoint, text, arguments.eval_window)?),
         None => None,
     };
     let calibration = match &arguments.calibration {
-        Some(file) => {
-            let options = CalibrationOptions {
-                samples: arguments.samples,
-                sequence_length: arguments.sequence_length,
-                seed: arguments.seed,
-            };
-            let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-            Some(Calibration::from_text(file, &tokenizer, checkpoint.config(), options)?)
-        }
+        Some(source) => Some(calibrate(arguments, &checkpoint, &settings, source)?),
         None => None,
     };
     let mut bar = Progress::new(format!("quantizing {}", arguments.model));
@@ -205,6 +199,27 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The calibration sequences of the text `source`, or written by the model itself.
+fn calibrate(
+    arguments: &QuantizeArguments,
+    checkpoint: &Checkpoint,
+    settings: &Settings,
+    source: &Path,
+) -> anyhow::Result<Calibration> {
+    let QuantizeArguments { samples, sequence_length, seed, .. } = *arguments;
+    let options = CalibrationOptions { samples, sequence_length, seed };
+    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    if source != Path::new("self") {
+        return Ok(Calibration::from_text(source, &tokenizer, checkpoint.config(), options)?);
+    }
+    settings.check(checkpoint.config())?;
+    let mut model = load(checkpoint, &arguments.device, sequence_length)?;
+    let mut bar = Progress::new("writing the calibration text");
+    Ok(Calibration::from_model(&mut model, &tokenizer, options, &mut |tokens, wanted| {
+        bar.update(tokens as u64, wanted as u64, "tokens");
+    })?)
+}
+
 /// The mean and the largest relative error of each kind of matrix.
 fn print_summary(report: &Report) {
     let measure = if report.errors_are_of_outputs { "output error" } else { "weight error" };
@@ -233,11 +248,19 @@ fn kind(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
-fn read_tokens(checkpoint: &Checkpoint, text: &Path) -> anyhow::Result<Vec<u32>> {
+/// The tokens of `text`, at least one window of them.
+fn read_tokens(checkpoint: &Checkpoint, text: &Path, window: usize) -> anyhow::Result<Vec<u32>> {
     let contents =
         std::fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-    Ok(tokenizer.encode(&contents, false)?)
+    let tokens = tokenizer.encode(&contents, false)?;
+    ensure!(
+        (2..=tokens.len()).contains(&window),
+        "{} has {} tokens and --eval-window is {window}; it must be from 2 to the number of tokens",
+        text.display(),
+        tokens.len()
+    );
+    Ok(tokens)
 }
 
 fn perplexity(

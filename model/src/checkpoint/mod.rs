@@ -21,8 +21,8 @@ use crate::config::ModelConfig;
 use crate::error::CheckpointError;
 use crate::formats::gptq;
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE_FILE: &str = "model.safetensors";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// An open model directory.
 pub struct Checkpoint {
@@ -215,7 +215,7 @@ fn elements<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
 }
 
 /// The files an index names, in its directory.
-fn indexed_files(index: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+pub(crate) fn indexed_files(index: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
     let text = std::fs::read_to_string(index).map_err(CheckpointError::io("read", index))?;
     let help = "fetch or write the checkpoint again";
     let json: serde_json::Value =

@@ -4,14 +4,13 @@
 //! the shape and the element type, and end where the file ends, so a truncated file never gets further.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::CheckpointError;
+use crate::mapped_file::MappedFile;
 
 /// Where a tensor lies in its file.
 pub(super) struct Entry {
@@ -23,16 +22,13 @@ pub(super) struct Entry {
 /// A mapped file and its parsed header.
 pub(super) struct Shard {
     pub(super) path: PathBuf,
-    map: Mmap,
+    map: MappedFile,
     pub(super) entries: BTreeMap<String, Entry>,
 }
 
 impl Shard {
     pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let file = File::open(path).map_err(CheckpointError::io("open", path))?;
-        // SAFETY: the map is read-only and lives as long as the shard. Another process that truncates the
-        // file meanwhile would end this one with SIGBUS; checkpoints are not written in place.
-        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map", path))?;
+        let map = MappedFile::open(path)?;
         let malformed = |problem: String| {
             CheckpointError::malformed(
                 path,

@@ -16,7 +16,7 @@ pub use batch::{BLOCK_SIZE, Batch, Logits, SequenceRows};
 pub use decoder_layer::{DecoderLayer, LinearRole};
 pub use layer_runner::LayerRunner;
 pub use linear::{Linear, LinearSpec};
-pub use model::{KvCache, Model};
+pub use model::{KvCache, Model, kv_block_bytes};
 use nibble_kernels::KernelError;
 
 use crate::error::CheckpointError;

@@ -51,6 +51,12 @@ pub struct KvCache<B: Backend> {
     blocks: usize,
 }
 
+/// Bytes that a KV block takes in all layers of a model; elements are 32-bit floats.
+pub fn kv_block_bytes(config: &ModelConfig) -> usize {
+    let elements = paged_attention::cache_elements(1, config.kv_heads, config.head_dim);
+    2 * elements * size_of::<f32>() * config.layers
+}
+
 impl<B: Backend> KvCache<B> {
     /// Number of blocks, of [`super::BLOCK_SIZE`] tokens each.
     pub fn blocks(&self) -> usize {

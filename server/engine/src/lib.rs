@@ -5,13 +5,22 @@
 //! token goes to the request's [`EventSink`], ending with exactly one terminal event.
 #![forbid(unsafe_code)]
 
+mod blocks;
+mod engine;
+mod engine_thread;
 mod handle;
+mod ledger;
+mod model_runner;
 mod request;
 mod runner;
 mod sampling;
+mod scheduler;
+mod sequence;
 mod stats;
 
+pub use engine::{Engine, EngineFailure, StartError};
 pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
+pub use model_runner::ModelRunner;
 pub use request::{EventSink, FinishReason, Request, RequestEvent, RequestId, SinkState};
 pub use runner::{RunnerLimits, StepError, StepRunner};
 pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};

@@ -38,6 +38,11 @@ impl Histogram {
         self.sum += value;
         self.count += 1;
     }
+
+    /// Adds the seconds from `start` to `end`.
+    pub(crate) fn observe_between(&mut self, start: Duration, end: Duration) {
+        self.observe(end.saturating_sub(start).as_secs_f64());
+    }
 }
 
 /// Ended requests by how they ended.

@@ -1,6 +1,52 @@
 //! From a row of logits to a token, on the host.
 
+mod distribution;
+mod exponential;
 mod parameters;
+pub(crate) mod random;
+mod sampler;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use parameters::in_vocabulary;
 pub use parameters::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
+use sampler::Scratch;
+pub(crate) use sampler::{SampledToken, SamplingError, SamplingRow};
+
+/// Logits from which it pays to start threads: sampling them takes about a millisecond, starting a thread
+/// some tens of microseconds.
+const LOGITS_WORTH_THREADS: usize = 1 << 20;
+
+/// Samples the rows of a step. Each row is a pure function of itself, so that how they are shared among
+/// threads changes nothing.
+pub(crate) struct Sampler {
+    /// One for each thread.
+    scratches: Vec<Scratch>,
+}
+
+impl Sampler {
+    /// A sampler of up to `threads` threads, at least one.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self { scratches: (0..threads.max(1)).map(|_| Scratch::default()).collect() }
+    }
+
+    /// The next token of each row, in the order of the rows.
+    pub(crate) fn sample(&mut self, rows: &[SamplingRow<'_>]) -> Vec<Result<SampledToken, SamplingError>> {
+        let logits = rows.iter().map(|row| row.logits.len()).sum::<usize>();
+        let threads = if logits < LOGITS_WORTH_THREADS { 1 } else { self.scratches.len() };
+        let share = rows.len().div_ceil(threads).max(1);
+        let sample_share = |(rows, scratch): (&[SamplingRow<'_>], &mut Scratch)| {
+            rows.iter().map(|row| scratch.sample(row)).collect::<Vec<_>>()
+        };
+        let mut shares = rows.chunks(share).zip(&mut self.scratches);
+        let Some(own) = shares.next() else { return Vec::new() };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = shares.map(|share| scope.spawn(move || sample_share(share))).collect();
+            let mut sampled = sample_share(own);
+            for other in others {
+                sampled.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            sampled
+        })
+    }
+}

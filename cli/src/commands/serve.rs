@@ -1,0 +1,131 @@
+//! `nibble serve`: a model over the OpenAI API.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Args;
+use nibble_engine::{Engine, EngineConfig, ModelRunner};
+use nibble_model::chat_template::ChatTemplate;
+use nibble_model::tokenizer::Tokenizer;
+use nibble_server::ServedModel;
+
+use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
+use crate::output::start_logging;
+
+/// Time that the runtime gives work that blocks when the server has stopped.
+const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
+
+/// Arguments of `nibble serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: nibble serve ./SmolLM2-135M-int4 --port 8000\n\
+                        Logs: RUST_LOG=warn, or RUST_LOG=debug for more.")]
+pub(crate) struct ServeArguments {
+    /// A model directory.
+    model: String,
+    /// Address to listen on; 0.0.0.0 for all of this machine's.
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Name of the model in the API; the directory's name when not given.
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Longest sequence, prompt and completion together, in tokens.
+    #[arg(long, value_name = "TOKENS")]
+    max_model_len: Option<usize>,
+    /// Most sequences that run at once.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_seqs: u32,
+    /// Most tokens in a step: larger steps compute prompts faster, smaller ones hold up running answers less.
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_batched_tokens: u32,
+    /// Most requests that wait; more are answered with 429.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    max_waiting_requests: u32,
+    /// Memory of the KV cache, such as 2GiB; when not given, enough for all sequences within a quarter of the
+    /// free memory and 4 GiB.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    kv_cache_memory: Option<u64>,
+    /// On SIGTERM: seconds to finish what was accepted.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    drain_timeout: u64,
+    /// Demand this key of every request but health checks; may be given several times.
+    #[arg(long, value_name = "KEY")]
+    api_key: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArguments,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
+    let started = Instant::now();
+    start_logging("info");
+    // Bound first: a port that is taken is known before the model is loaded.
+    let address = (arguments.host.as_str(), arguments.port);
+    let listener = std::net::TcpListener::bind(address)
+        .with_context(|| format!("cannot listen on {}:{}", arguments.host, arguments.port))?;
+    let checkpoint = open_checkpoint(&arguments.model)?;
+    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    let chat_template = ChatTemplate::open(checkpoint.directory())?;
+    let wishes = MemoryWishes {
+        kv_cache_bytes: arguments.kv_cache_memory,
+        max_model_len: arguments.max_model_len,
+        max_num_seqs: arguments.max_num_seqs as usize,
+        free_bytes: free_bytes(),
+    };
+    let plan = MemoryPlan::new(checkpoint.config(), wishes)?;
+    eprintln!("{}", plan.table(&checkpoint));
+    if chat_template.is_none() {
+        eprintln!("the model has no chat template: /v1/chat/completions will be refused");
+    }
+    let model = load(&checkpoint, &arguments.device, plan.max_model_len)?;
+    let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(checkpoint.directory()));
+    let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), engine_config(arguments))?;
+    let served = ServedModel {
+        name: name.clone(),
+        tokenizer: Arc::new(tokenizer),
+        chat_template: chat_template.map(Arc::new),
+        engine: engine.handle(),
+    };
+    drop(checkpoint);
+    let router = nibble_server::router(served, arguments.api_key.clone())?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
+    let result = runtime.block_on(async {
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        tracing::info!(seconds = started.elapsed().as_secs_f32(), "loaded");
+        // The one line on standard output: scripts wait for it.
+        writeln!(std::io::stdout(), "serving {name} at http://{address}")?;
+        let drain_timeout = Duration::from_secs(arguments.drain_timeout);
+        nibble_server::serve(listener, router, engine.handle(), drain_timeout).await?;
+        anyhow::Ok(())
+    });
+    runtime.shutdown_timeout(RUNTIME_SHUTDOWN);
+    result?;
+    engine.join()?;
+    Ok(())
+}
+
+fn engine_config(arguments: &ServeArguments) -> EngineConfig {
+    let default = EngineConfig::default();
+    let max_step_tokens = arguments.max_num_batched_tokens as usize;
+    EngineConfig {
+        max_running_sequences: arguments.max_num_seqs as usize,
+        max_step_tokens,
+        max_prefill_chunk_tokens: default.max_prefill_chunk_tokens.min(max_step_tokens),
+        max_waiting_requests: arguments.max_waiting_requests as usize,
+        seed: default.seed,
+    }
+}
+
+/// The last part of the model's path.
+fn model_name(directory: &Path) -> String {
+    let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    absolute.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}

@@ -1,0 +1,267 @@
+//! The one thread of an engine: takes commands, runs steps, samples, sends events.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use nibble_model::forward::{Batch, Logits};
+
+use crate::engine::{EngineFailure, panic_message};
+use crate::handle::{Command, Health, Shared, Submission};
+use crate::ledger::Ledger;
+use crate::request::{RequestEvent, SinkState};
+use crate::runner::{StepError, StepRunner};
+use crate::sampling::{SampledToken, Sampler, SamplingRow, TokenLogprobs};
+use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
+
+/// Whether more requests may come.
+#[derive(Clone, Copy)]
+enum Admission {
+    Open,
+    /// Stop when everything is finished; abort what is not at the deadline, if there is one.
+    Draining {
+        deadline: Option<Instant>,
+    },
+}
+
+/// Everything that the engine's thread owns.
+pub(crate) struct EngineThread {
+    runner: Box<dyn StepRunner>,
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    ledger: Ledger,
+    admission: Admission,
+    started: Instant,
+    /// Submissions taken from the channel.
+    received: u64,
+    /// When the last step completed, or when work arrived after idleness.
+    working_since: Option<Instant>,
+    /// Effects that were not sent yet, and the log probabilities of the step they come from.
+    effects: Vec<Effect>,
+    logprobs: Vec<Option<TokenLogprobs>>,
+}
+
+impl EngineThread {
+    pub(crate) fn new(runner: Box<dyn StepRunner>, commands: Receiver<Command>, shared: Arc<Shared>) -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            scheduler: Scheduler::new(&shared.limits, &shared.config),
+            runner,
+            commands,
+            shared,
+            sampler: Sampler::new(threads),
+            ledger: Ledger::default(),
+            admission: Admission::Open,
+            started: Instant::now(),
+            received: 0,
+            working_since: None,
+            effects: Vec::new(),
+            logprobs: Vec::new(),
+        }
+    }
+
+    /// Serves until there is nothing more to do or an error, then sees to it that every request was told.
+    pub(crate) fn run(mut self) -> Result<(), EngineFailure> {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let message = match ended {
+            Ok(Ok(())) => {
+                self.shared.state().health = Health::Stopped;
+                return Ok(());
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic_message(&*panic),
+        };
+        tracing::error!(%message, "the engine has failed");
+        self.fail(&message);
+        Err(EngineFailure { message })
+    }
+
+    fn serve(&mut self) -> Result<(), StepError> {
+        loop {
+            if self.scheduler.is_idle() {
+                if let Admission::Draining { .. } = self.admission {
+                    return Ok(());
+                }
+                match self.commands.recv() {
+                    Ok(command) => self.take(command),
+                    Err(_) => return Ok(()),
+                }
+            }
+            self.take_commands();
+            self.abort_after_deadline();
+            self.send_effects();
+            self.step()?;
+        }
+    }
+
+    /// One step, if there is anything to compute.
+    fn step(&mut self) -> Result<(), StepError> {
+        let plan = self.scheduler.schedule(self.now());
+        self.publish();
+        let Some(plan) = plan else { return Ok(()) };
+        let logits = self.runner.execute(&plan.batch)?;
+        check_logits(&logits, &plan.batch, self.shared.limits.vocabulary_size)?;
+        // Those aborted meanwhile end with this step, without another token.
+        self.take_commands();
+        let sampled = self.sample(&plan, &logits);
+        self.working_since = Some(Instant::now());
+        let output = StepOutput { plan, sampled, completed_at: self.now() };
+        self.scheduler.complete(output, &mut self.effects);
+        self.send_effects();
+        Ok(())
+    }
+
+    /// Samples every logit row of `plan`; log probabilities go to `self.logprobs`.
+    fn sample(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, String>> {
+        let sequences = plan.entries.iter().filter(|planned| planned.samples).map(|planned| planned.running);
+        let rows: Vec<SamplingRow<'_>> = sequences
+            .enumerate()
+            .map(|(row, index)| SamplingRow::new(&self.scheduler.running()[index], logits.row(row)))
+            .collect();
+        let sampled = self.sampler.sample(&rows);
+        self.logprobs.clear();
+        let mut tokens = Vec::with_capacity(sampled.len());
+        for outcome in sampled {
+            let (token, logprobs) = match outcome {
+                Ok(SampledToken { token_id, logprobs }) => (Ok(token_id), logprobs),
+                Err(error) => (Err(error.to_string()), None),
+            };
+            tokens.push(token);
+            self.logprobs.push(logprobs);
+        }
+        tokens
+    }
+
+    /// Takes every command that has arrived.
+    fn take_commands(&mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    if let Admission::Open = self.admission {
+                        self.admission = Admission::Draining { deadline: None };
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit(Submission { id, request, sink, submitted_at }) => {
+                self.received += 1;
+                self.working_since.get_or_insert_with(Instant::now);
+                self.ledger.open(id, sink);
+                let submitted = submitted_at.saturating_duration_since(self.started);
+                self.scheduler.submit(id, request, submitted);
+            }
+            Command::Abort(id) => self.scheduler.abort(id, &mut self.effects),
+            Command::Drain { deadline } => {
+                let earlier = match self.admission {
+                    Admission::Draining { deadline: Some(earlier) } => earlier.min(deadline),
+                    _ => deadline,
+                };
+                self.admission = Admission::Draining { deadline: Some(earlier) };
+            }
+        }
+    }
+
+    fn abort_after_deadline(&mut self) {
+        let Admission::Draining { deadline: Some(deadline) } = self.admission else { return };
+        if Instant::now() >= deadline {
+            for request in self.ledger.requests() {
+                self.scheduler.abort(request, &mut self.effects);
+            }
+        }
+    }
+
+    /// Sends what there is to tell. No step is in flight, so the sequences of closed sinks end at once, and
+    /// that is told too.
+    fn send_effects(&mut self) {
+        while !self.effects.is_empty() {
+            // First the counters: who reads them after an event finds it counted.
+            self.publish();
+            for Effect { request, kind } in std::mem::take(&mut self.effects) {
+                match kind {
+                    EffectKind::Token { token_id, logit_row } => {
+                        let logprobs = self.logprobs[logit_row].take();
+                        if self.ledger.token(request, token_id, logprobs) == SinkState::Closed {
+                            self.scheduler.abort(request, &mut self.effects);
+                        }
+                    }
+                    EffectKind::Finished { reason, stop_token, prompt_tokens, completion_tokens } => {
+                        let finished =
+                            RequestEvent::Finished { reason, stop_token, prompt_tokens, completion_tokens };
+                        self.ledger.close(request, finished);
+                    }
+                    EffectKind::Failed { message } => {
+                        self.ledger.close(request, RequestEvent::Failed { message });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Shows the handles where the engine is.
+    fn publish(&mut self) {
+        if self.scheduler.is_idle() {
+            self.working_since = None;
+        }
+        let stats = self.scheduler.stats();
+        let mut state = self.shared.state();
+        state.stats = stats;
+        state.received = self.received;
+        state.not_started = self.scheduler.not_started();
+        state.working_since = self.working_since;
+    }
+
+    /// Closes the door, then fails every request that came through it.
+    fn fail(&mut self, message: &str) {
+        // Requests are sent under this lock and only to a healthy engine: none comes after this.
+        self.shared.state().health = Health::Failed { message: message.to_owned() };
+        for command in self.commands.try_iter() {
+            if let Command::Submit(submission) = command {
+                self.received += 1;
+                self.ledger.open(submission.id, submission.sink);
+            }
+        }
+        let failed = self.ledger.requests().len() as u64;
+        {
+            let mut state = self.shared.state();
+            state.received = self.received;
+            state.not_started = 0;
+            state.working_since = None;
+            state.stats.finished.failed += failed;
+            state.stats.running = 0;
+            state.stats.waiting = 0;
+            state.stats.kv_blocks_used = 0;
+        }
+        self.ledger.fail_all(&format!("the engine has failed: {message}"));
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+/// Refuses logits that are not those of `batch`.
+fn check_logits(logits: &Logits, batch: &Batch, vocabulary_size: usize) -> Result<(), StepError> {
+    let rows = batch.logit_rows.len();
+    if logits.rows == rows
+        && logits.vocabulary == vocabulary_size
+        && logits.values.len() == rows * vocabulary_size
+    {
+        return Ok(());
+    }
+    Err(StepError::new(format!(
+        "the runner returned {} values as {} rows of {} logits, expected {rows} rows of {vocabulary_size}",
+        logits.values.len(),
+        logits.rows,
+        logits.vocabulary
+    )))
+}

@@ -1,0 +1,41 @@
+//! The model on a backend, as the engine runs it.
+
+use nibble_kernels::backend::Backend;
+use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model};
+
+use crate::runner::{RunnerLimits, StepError, StepRunner};
+
+/// A model and its KV cache.
+pub struct ModelRunner<B: Backend> {
+    model: Model<B>,
+    cache: KvCache<B>,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Allocates a cache of `blocks` blocks, of [`BLOCK_SIZE`] tokens each, for `model`.
+    pub fn new(model: Model<B>, blocks: usize) -> Self {
+        let cache = model.kv_cache(blocks);
+        Self { model, cache }
+    }
+}
+
+impl<B: Backend> StepRunner for ModelRunner<B>
+where
+    Model<B>: Send,
+    KvCache<B>: Send,
+{
+    fn limits(&self) -> RunnerLimits {
+        let config = self.model.config();
+        RunnerLimits {
+            blocks: self.cache.blocks(),
+            block_size: BLOCK_SIZE,
+            vocabulary_size: config.vocabulary_size,
+            maximum_sequence_tokens: self.model.max_positions(),
+            eos_token_ids: config.eos_token_ids.clone(),
+        }
+    }
+
+    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+        self.model.forward(batch, &mut self.cache).map_err(|error| StepError::new(error.to_string()))
+    }
+}

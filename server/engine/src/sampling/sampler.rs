@@ -1,0 +1,177 @@
+//! One token from one row of logits: a pure function of the row, the request and its history.
+//!
+//! The order is vLLM's: logit_bias; repetition, frequency and presence penalty; end-of-sequence and stop
+//! tokens masked before `min_tokens`; then at temperature 0 the largest logit, else division by the
+//! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
+//! cumulative distribution in the order of token ids.
+
+use super::distribution::{Candidate, Distribution, Workspace};
+use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
+use crate::sequence::Sequence;
+
+/// What the token of one row depends on.
+#[derive(Clone, Copy)]
+pub(crate) struct SamplingRow<'a> {
+    /// The model's logits, one for each token of the vocabulary.
+    pub(crate) logits: &'a [f32],
+    pub(crate) parameters: &'a SamplingParameters,
+    pub(crate) seed: u64,
+    pub(crate) prompt: &'a [u32],
+    pub(crate) completion: &'a [u32],
+    /// Tokens that end the sequence.
+    pub(crate) stop_tokens: &'a [u32],
+}
+
+impl<'a> SamplingRow<'a> {
+    /// The row of a sequence whose next token is to be sampled from `logits`.
+    pub(crate) fn new(sequence: &'a Sequence, logits: &'a [f32]) -> Self {
+        Self {
+            logits,
+            parameters: &sequence.sampling,
+            seed: sequence.seed,
+            prompt: sequence.prompt(),
+            completion: sequence.completion(),
+            stop_tokens: sequence.stop_tokens(),
+        }
+    }
+}
+
+/// A sampled token.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct SampledToken {
+    pub(crate) token_id: u32,
+    /// If the request asked for them.
+    pub(crate) logprobs: Option<TokenLogprobs>,
+}
+
+/// A row from which no token can be sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SamplingError {
+    #[error(
+        "the model's logits are not finite, expected numbers; the weights or the KV cache may be damaged"
+    )]
+    NotFinite,
+    #[error(
+        "logit_bias, penalties or min_tokens leave no finite logit to sample from, expected at least one token; \
+         weaken them"
+    )]
+    NothingLeft,
+}
+
+/// Memory for sampling one row after the other.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    adjusted: Vec<f32>,
+    workspace: Workspace,
+    /// Occurrences of each token in the completion, and [`IN_PROMPT`]; all zero between rows.
+    occurrences: Vec<u32>,
+    occurring: Vec<u32>,
+}
+
+/// Bit of [`Scratch::occurrences`] of tokens that occur in the prompt.
+const IN_PROMPT: u32 = 1 << 31;
+
+impl Scratch {
+    /// Samples the next token of `row`.
+    pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<SampledToken, SamplingError> {
+        let adjusts = self.adjust(row);
+        let Self { adjusted, workspace, .. } = self;
+        let values = if adjusts { adjusted } else { row.logits };
+        let distribution = Distribution::new(values, row.parameters.temperature, workspace);
+        let Some(token) = distribution.map(|distribution| choose(row, distribution)) else {
+            let model_is_sound = adjusts && Distribution::new(row.logits, 1.0, workspace).is_some();
+            return Err(if model_is_sound { SamplingError::NothingLeft } else { SamplingError::NotFinite });
+        };
+        let logprobs = match row.parameters.logprobs {
+            Some(top) => Some(logprobs(row.logits, token, top, workspace)?),
+            None => None,
+        };
+        Ok(SampledToken { token_id: token as u32, logprobs })
+    }
+
+    /// Writes the logits with bias, penalties and mask to `adjusted`; false if there are none.
+    fn adjust(&mut self, row: &SamplingRow<'_>) -> bool {
+        let parameters = row.parameters;
+        let masks = row.completion.len() < parameters.min_tokens && !row.stop_tokens.is_empty();
+        let repeats = parameters.repetition_penalty != 1.0;
+        let counts = parameters.frequency_penalty != 0.0 || parameters.presence_penalty != 0.0;
+        if !masks && !repeats && !counts && parameters.logit_bias.is_empty() {
+            return false;
+        }
+        self.adjusted.clear();
+        self.adjusted.extend_from_slice(row.logits);
+        for &(token, bias) in &parameters.logit_bias {
+            self.adjusted[token as usize] += bias;
+        }
+        if repeats || counts {
+            self.penalize(row);
+        }
+        if masks {
+            for &token in row.stop_tokens {
+                self.adjusted[token as usize] = f32::NEG_INFINITY;
+            }
+        }
+        true
+    }
+
+    fn penalize(&mut self, row: &SamplingRow<'_>) {
+        let parameters = row.parameters;
+        self.occurrences.resize(row.logits.len(), 0);
+        for &token in row.completion {
+            let occurrences = &mut self.occurrences[token as usize];
+            if *occurrences == 0 {
+                self.occurring.push(token);
+            }
+            *occurrences += 1;
+        }
+        // Only the repetition penalty looks at the prompt.
+        let prompt = if parameters.repetition_penalty == 1.0 { &[] } else { row.prompt };
+        for &token in prompt {
+            let occurrences = &mut self.occurrences[token as usize];
+            if *occurrences == 0 {
+                self.occurring.push(token);
+            }
+            *occurrences |= IN_PROMPT;
+        }
+        for token in self.occurring.drain(..) {
+            let logit = &mut self.adjusted[token as usize];
+            let occurrences = std::mem::take(&mut self.occurrences[token as usize]) & !IN_PROMPT;
+            let penalty = parameters.repetition_penalty;
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            if occurrences > 0 {
+                *logit -= parameters.frequency_penalty * occurrences as f32 + parameters.presence_penalty;
+            }
+        }
+    }
+}
+
+/// The token to take from a distribution.
+fn choose(row: &SamplingRow<'_>, mut distribution: Distribution<'_>) -> usize {
+    let parameters = row.parameters;
+    if parameters.temperature == 0.0 {
+        return distribution.most_likely_token();
+    }
+    let min_p = (parameters.min_p > 0.0).then(|| distribution.min_p_cut(parameters.min_p));
+    let top_k = parameters.top_k.and_then(|top_k| distribution.top_k_cut(top_k));
+    // Both keep a prefix of the same order: together they keep the shorter one.
+    let mut cut = min_p.into_iter().chain(top_k).min_by(Candidate::more_likely_first);
+    if parameters.top_p < 1.0 {
+        cut = distribution.top_p_cut(parameters.top_p, cut);
+    }
+    distribution.draw(random::uniform(row.seed, row.completion.len() as u64), cut)
+}
+
+/// The log probabilities of `token` and of the `top` most likely tokens under the model's own distribution.
+fn logprobs(
+    logits: &[f32],
+    token: usize,
+    top: usize,
+    workspace: &mut Workspace,
+) -> Result<TokenLogprobs, SamplingError> {
+    let mut distribution = Distribution::new(logits, 1.0, workspace).ok_or(SamplingError::NotFinite)?;
+    let normalizer = distribution.log_normalizer();
+    let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let top = distribution.most_likely(top).iter();
+    let top = top.map(|top| TokenLogprob { token_id: top.token, logprob: logprob(top.value) }).collect();
+    Ok(TokenLogprobs { logprob: logprob(logits[token]), top })
+}

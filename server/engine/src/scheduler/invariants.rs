@@ -1,0 +1,93 @@
+//! What must hold after every call of the scheduler; checked in tests and in the simulation.
+
+use super::{Scheduler, StepPlan};
+use crate::sequence::SequenceState;
+
+/// Checks everything that can be seen between two calls.
+///
+/// # Panics
+/// With the invariant that does not hold.
+pub(super) fn check(scheduler: &Scheduler) {
+    check_blocks(scheduler);
+    let Scheduler { config, running, waiting, in_flight, block_size, .. } = scheduler;
+    let ids: Vec<_> = running.iter().chain(waiting).map(|sequence| sequence.id).collect();
+    assert!(ids.is_sorted_by(|a, b| a < b), "running sequences, then waiting ones, are in order of arrival");
+    assert!(running.len() <= config.max_running_sequences, "no more run than may");
+    assert!(running.len() <= config.max_step_tokens, "every running sequence can have a token in a step");
+    for sequence in running {
+        match sequence.state {
+            SequenceState::Running => {}
+            SequenceState::Ending { after } => {
+                assert_eq!(Some(after), *in_flight, "a sequence ends with the step in flight");
+            }
+            state => panic!("{:?} runs in state {state:?}", sequence.id),
+        }
+        let (tokens, places) = (sequence.tokens().len(), sequence.blocks.len() * block_size);
+        assert!(sequence.remaining() > 0, "a running sequence has something to compute");
+        assert!(sequence.computed <= places, "computed tokens have their place");
+        assert!(places < tokens + block_size, "no block is held before it is needed");
+        assert!(sequence.times.started.is_some(), "a running sequence has started");
+    }
+    for sequence in waiting {
+        assert_eq!(sequence.state, SequenceState::Waiting, "of {:?} in the queue", sequence.id);
+        assert!(sequence.blocks.is_empty() && sequence.computed == 0, "a waiting sequence holds nothing");
+    }
+    let started = |index: usize| waiting[index].times.started.is_some();
+    let not_started = (0..waiting.len()).filter(|&index| !started(index)).count();
+    assert_eq!(scheduler.not_started(), not_started, "preempted sequences are before new ones");
+}
+
+fn check_blocks(scheduler: &Scheduler) {
+    let total = scheduler.pool.total();
+    let mut holders = vec![0; total];
+    let held = scheduler.running.iter().flat_map(|sequence| &sequence.blocks);
+    for block in held.chain(scheduler.pool.free_blocks()) {
+        holders[block.0 as usize] += 1;
+    }
+    assert!(holders.iter().all(|&holders| holders == 1), "each block is free or held, once: {holders:?}");
+}
+
+/// Checks a plan that has just been made.
+///
+/// # Panics
+/// With the invariant that does not hold.
+pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
+    let Scheduler { config, running, in_flight, block_size, .. } = scheduler;
+    let batch = &plan.batch;
+    assert_eq!(Some(plan.step), *in_flight, "the plan is in flight");
+    assert!(batch.token_ids.len() <= config.max_step_tokens, "the plan is within the budget");
+    assert!(plan.entries.iter().any(|planned| planned.running == 0), "the oldest sequence gets on");
+    assert_eq!(plan.entries.len(), batch.sequences.len(), "one entry for each sequence of the batch");
+    let mut planned_times = vec![0; running.len()];
+    let (mut next_row, mut logit_rows) = (0, Vec::new());
+    for (planned, rows) in plan.entries.iter().zip(&batch.sequences) {
+        let sequence = &running[planned.running];
+        planned_times[planned.running] += 1;
+        assert_eq!((rows.first_row, rows.rows), (next_row, planned.tokens), "rows follow without gaps");
+        next_row += rows.rows;
+        assert_eq!(rows.first_position, sequence.computed, "it goes on where it stands");
+        let end = rows.first_position + rows.rows;
+        assert!(rows.rows >= 1 && end <= sequence.tokens().len(), "only known tokens are computed");
+        assert!(rows.rows <= config.max_prefill_chunk_tokens, "chunks are no larger than they may be");
+        assert_eq!(batch.token_ids[rows.first_row..next_row], sequence.tokens()[rows.first_position..end]);
+        assert!(
+            batch.positions[rows.first_row..next_row]
+                .iter()
+                .map(|&at| at as usize)
+                .eq(rows.first_position..end)
+        );
+        assert!(rows.block_table.iter().copied().eq(sequence.blocks.iter().map(|block| block.0)));
+        assert!(end <= rows.block_table.len() * block_size, "every token has its place");
+        assert_eq!(planned.samples, end == sequence.tokens().len(), "the last known token is sampled from");
+        if planned.samples {
+            logit_rows.push(next_row - 1);
+        }
+    }
+    assert_eq!(next_row, batch.token_ids.len(), "sequences cover all rows");
+    assert_eq!(next_row, batch.positions.len(), "every row has a position");
+    assert_eq!(logit_rows, batch.logit_rows, "logits are wanted where a token is sampled");
+    for (sequence, times) in running.iter().zip(planned_times) {
+        assert!(times <= 1, "a sequence is planned once");
+        assert!(times == 1 || sequence.remaining() > 1, "a decoding sequence is in every step");
+    }
+}

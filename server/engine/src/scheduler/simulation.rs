@@ -1,0 +1,300 @@
+//! Random lives of a scheduler: arrivals, aborts, stops, failures and preemptions in tiny pools, with every
+//! invariant checked after every call.
+//!
+//! A seed that fails is in the panic's message; `SEED=n cargo test million` runs it alone.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
+
+use proptest::prelude::{Strategy, any, prop, proptest};
+
+use super::invariants::{check, check_plan};
+use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
+use crate::handle::EngineConfig;
+use crate::request::{FinishReason, Request, RequestId};
+use crate::runner::RunnerLimits;
+use crate::sampling::{SamplingParameters, random};
+
+const EOS: u32 = 0;
+const STOP: u32 = 1;
+
+/// One thing that happens to a scheduler.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// A request arrives; lengths are cut to what fits.
+    Submit { prompt_tokens: usize, max_tokens: usize, ignore_eos: bool },
+    /// A request is aborted, counted back from the youngest; it may have ended already.
+    Abort { back: u64 },
+    /// The step in flight completes, or the next one is planned.
+    Turn,
+    /// As `Turn`, and if a step completes, the first of its rows cannot be sampled.
+    FailingTurn,
+}
+
+/// What the owner of a request has seen of it, and what it may see.
+struct Owner {
+    prompt_tokens: usize,
+    max_tokens: usize,
+    seen_tokens: usize,
+    /// The number of completed steps at which it must have ended.
+    ends_by_step: u64,
+}
+
+/// A scheduler, and a world that knows what it must do.
+struct World {
+    scheduler: Scheduler,
+    in_flight: Option<StepPlan>,
+    /// Open requests.
+    owners: BTreeMap<RequestId, Owner>,
+    submitted: u64,
+    ended: u64,
+    completed_steps: u64,
+    /// Of every plan and effect so far.
+    digest: DefaultHasher,
+    maximum_tokens: usize,
+}
+
+/// The token that a request gets in a place of its completion, in whatever company.
+fn token(request: RequestId, index: usize) -> u32 {
+    // One in 25 ends the sequence, unless end-of-sequence is ignored.
+    (random::derived_seed(request.0, index as u64) % 50) as u32
+}
+
+impl World {
+    fn new(blocks: usize, block_size: usize, config: &EngineConfig) -> Self {
+        let limits = RunnerLimits {
+            blocks,
+            block_size,
+            vocabulary_size: 50,
+            maximum_sequence_tokens: usize::MAX,
+            eos_token_ids: vec![EOS],
+        };
+        Self {
+            scheduler: Scheduler::new(&limits, config),
+            in_flight: None,
+            owners: BTreeMap::new(),
+            submitted: 0,
+            ended: 0,
+            completed_steps: 0,
+            digest: DefaultHasher::new(),
+            maximum_tokens: blocks * block_size + 1,
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        let mut effects = Vec::new();
+        match event {
+            Event::Submit { prompt_tokens, max_tokens, ignore_eos } => {
+                self.submit(prompt_tokens, max_tokens, ignore_eos);
+            }
+            Event::Abort { back } => {
+                let id = RequestId(self.submitted.saturating_sub(1 + back));
+                self.scheduler.abort(id, &mut effects);
+            }
+            Event::Turn => self.turn(false, &mut effects),
+            Event::FailingTurn => self.turn(true, &mut effects),
+        }
+        for effect in effects {
+            self.see(&effect);
+        }
+        check(&self.scheduler);
+        let in_time = self.owners.values().all(|owner| self.completed_steps < owner.ends_by_step);
+        assert!(in_time, "every request ends in bounded steps");
+        assert_eq!(
+            self.scheduler.is_idle(),
+            self.owners.is_empty(),
+            "idle when every request was told its end"
+        );
+        if self.scheduler.is_idle() {
+            assert_eq!(self.scheduler.stats().kv_blocks_used, 0, "nobody holds a block when all have ended");
+        }
+    }
+
+    fn submit(&mut self, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool) {
+        let prompt_tokens = prompt_tokens.min(self.maximum_tokens - 1);
+        let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
+        let id = RequestId(self.submitted);
+        self.submitted += 1;
+        let prompt = (0..prompt_tokens).map(|at| token(id, at + 1_000_000)).collect();
+        let sampling =
+            SamplingParameters { max_tokens, ignore_eos, stop_token_ids: vec![STOP], ..Default::default() };
+        self.scheduler.submit(id, Request { prompt, sampling }, Duration::ZERO);
+        // The oldest request gets on with every step, and never has to start again: each one ahead delays
+        // this one by at most its own tokens. One step may be in flight already.
+        let ahead: usize = self.owners.values().map(|owner| owner.prompt_tokens + owner.max_tokens).sum();
+        let ends_by_step = self.completed_steps + (ahead + prompt_tokens + max_tokens) as u64 + 1;
+        self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, ends_by_step });
+    }
+
+    fn turn(&mut self, fails: bool, effects: &mut Vec<Effect>) {
+        let now = Duration::from_millis(self.completed_steps);
+        let Some(plan) = self.in_flight.take() else {
+            self.in_flight = self.scheduler.schedule(now);
+            assert_eq!(
+                self.in_flight.is_none(),
+                self.scheduler.is_idle(),
+                "there is a step while there is work"
+            );
+            if let Some(plan) = &self.in_flight {
+                check_plan(&self.scheduler, plan);
+                (&plan.batch.token_ids, &plan.batch.positions, &plan.batch.logit_rows).hash(&mut self.digest);
+                plan.batch.sequences.iter().for_each(|rows| rows.block_table.hash(&mut self.digest));
+            }
+            return;
+        };
+        let sampling = plan.entries.iter().filter(|planned| planned.samples);
+        let mut sampled: Vec<Result<u32, String>> = sampling
+            .map(|planned| {
+                let sequence = &self.scheduler.running()[planned.running];
+                Ok(token(sequence.id, sequence.completion().len()))
+            })
+            .collect();
+        if let (true, Some(first)) = (fails, sampled.first_mut()) {
+            *first = Err("not finite".to_owned());
+        }
+        self.scheduler.complete(StepOutput { plan, sampled, completed_at: now }, effects);
+        self.completed_steps += 1;
+    }
+
+    /// Checks an effect against what its request may see next.
+    fn see(&mut self, effect: &Effect) {
+        format!("{effect:?}").hash(&mut self.digest);
+        let id = effect.request;
+        let owner = self.owners.get_mut(&id).expect("effects are of open requests");
+        match &effect.kind {
+            EffectKind::Token { token_id, .. } => {
+                assert_eq!(*token_id, token(id, owner.seen_tokens), "tokens come in order, each once");
+                owner.seen_tokens += 1;
+                return;
+            }
+            EffectKind::Finished { reason, stop_token, prompt_tokens, completion_tokens } => {
+                assert_eq!(*prompt_tokens, owner.prompt_tokens);
+                let stopped = usize::from(*reason == FinishReason::Stop);
+                assert_eq!(*completion_tokens, owner.seen_tokens + stopped);
+                assert!(*completion_tokens <= owner.max_tokens);
+                assert_eq!(stop_token.is_some(), stopped == 1);
+                match reason {
+                    FinishReason::Stop => assert_eq!(*stop_token, Some(token(id, owner.seen_tokens))),
+                    FinishReason::Length => assert_eq!(*completion_tokens, owner.max_tokens),
+                    FinishReason::Aborted => {}
+                }
+            }
+            EffectKind::Failed { message } => assert_eq!(message, "not finite"),
+        }
+        self.owners.remove(&id);
+        self.ended += 1;
+    }
+
+    /// Lets everything end; returns a digest of the whole life and the number of steps and preemptions.
+    fn finish(mut self) -> (u64, u64, u64) {
+        while !self.scheduler.is_idle() || self.in_flight.is_some() {
+            self.apply(Event::Turn);
+        }
+        let stats = self.scheduler.stats();
+        let finished = stats.finished;
+        assert_eq!(finished.stop + finished.length + finished.aborted + finished.failed, self.submitted);
+        assert_eq!(self.ended, self.submitted, "each request got one terminal event");
+        assert_eq!(stats.steps, self.completed_steps);
+        (self.digest.finish(), stats.steps, stats.preemptions)
+    }
+}
+
+/// A reproducible life; small numbers of everything, so that everything runs short.
+fn live(seed: u64, events: usize) -> (u64, u64, u64) {
+    let mut drawn = 0;
+    let mut below = |bound: u64| {
+        drawn += 1;
+        random::derived_seed(seed, drawn) % bound
+    };
+    let config = EngineConfig {
+        max_running_sequences: 1 + below(12) as usize,
+        max_step_tokens: 1 + below(40) as usize,
+        max_prefill_chunk_tokens: 1 + below(20) as usize,
+        ..EngineConfig::default()
+    };
+    let (blocks, block_size) = (1 + below(24) as usize, 1 + below(5) as usize);
+    let (arrivals, aborts) = (1 + below(30), below(12));
+    let mut world = World::new(blocks, block_size, &config);
+    for _ in 0..events {
+        let event = match below(100) {
+            at if at < arrivals => Event::Submit {
+                prompt_tokens: 1 + below(30) as usize,
+                max_tokens: 1 + below(30) as usize,
+                ignore_eos: below(2) == 0,
+            },
+            at if at < arrivals + aborts => Event::Abort { back: below(20) },
+            99 => Event::FailingTurn,
+            _ => Event::Turn,
+        };
+        world.apply(event);
+    }
+    world.finish()
+}
+
+/// Runs `life`; a panic names the seed.
+fn named<T>(seed: u64, life: impl FnOnce() -> T) -> T {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(life))
+        .unwrap_or_else(|_| panic!("the simulation fails with SEED={seed}; see the panic above"))
+}
+
+#[test]
+fn a_million_random_steps_keep_every_invariant() {
+    if let Ok(seed) = std::env::var("SEED") {
+        live(seed.parse().expect("SEED is a number"), 1000);
+        return;
+    }
+    let (mut steps, mut preemptions, mut seed) = (0, 0, 0);
+    while steps < 1_000_000 {
+        let (_, of_life, preempted) = named(seed, || live(seed, 1000));
+        steps += of_life;
+        preemptions += preempted;
+        seed += 1;
+    }
+    assert!(preemptions > 10_000, "the pools are tiny enough: {preemptions} preemptions");
+}
+
+#[test]
+fn the_same_calls_give_the_same_plans_and_effects() {
+    let digests: Vec<u64> = (0..40).map(|seed| live(seed, 500).0).collect();
+    let again: Vec<u64> = (0..40).map(|seed| live(seed, 500).0).collect();
+    assert_eq!(digests, again);
+    let mut distinct = digests;
+    distinct.sort_unstable();
+    distinct.dedup();
+    assert_eq!(distinct.len(), 40, "the digest sees what happens");
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let submit = (1..20usize, 1..20usize, any::<bool>());
+    proptest::prop_oneof![
+        2 => submit.prop_map(|(prompt_tokens, max_tokens, ignore_eos)| {
+            Event::Submit { prompt_tokens, max_tokens, ignore_eos }
+        }),
+        1 => (0..10u64).prop_map(|back| Event::Abort { back }),
+        6 => proptest::strategy::Just(Event::Turn),
+        1 => proptest::strategy::Just(Event::FailingTurn),
+    ]
+}
+
+proptest! {
+    /// As the simulation, with events that shrink to the few that matter.
+    #[test]
+    fn any_short_life_keeps_every_invariant(
+        events in prop::collection::vec(event(), 0..120),
+        (blocks, block_size) in (1..10usize, 1..4usize),
+        (max_running_sequences, max_step_tokens, max_prefill_chunk_tokens) in (1..6usize, 1..12usize, 1..8usize),
+    ) {
+        let config = EngineConfig {
+            max_running_sequences,
+            max_step_tokens,
+            max_prefill_chunk_tokens,
+            ..EngineConfig::default()
+        };
+        let mut world = World::new(blocks, block_size, &config);
+        for event in events {
+            world.apply(event);
+        }
+        world.finish();
+    }
+}

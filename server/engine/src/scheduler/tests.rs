@@ -1,0 +1,223 @@
+//! The scheduler's rules, one by one.
+
+use std::time::Duration;
+
+use super::invariants::{check, check_plan};
+use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
+use crate::handle::EngineConfig;
+use crate::request::{FinishReason, Request, RequestId};
+use crate::runner::RunnerLimits;
+use crate::sampling::SamplingParameters;
+
+const BLOCK_SIZE: usize = 4;
+const TOKEN: u32 = 7;
+
+fn scheduler(blocks: usize, config: EngineConfig) -> Scheduler {
+    let limits = RunnerLimits {
+        blocks,
+        block_size: BLOCK_SIZE,
+        vocabulary_size: 10,
+        maximum_sequence_tokens: 1000,
+        eos_token_ids: vec![0],
+    };
+    Scheduler::new(&limits, &config)
+}
+
+fn submit(scheduler: &mut Scheduler, id: u64, prompt_tokens: usize, max_tokens: usize) {
+    let sampling = SamplingParameters { max_tokens, ..Default::default() };
+    let request = Request { prompt: vec![1; prompt_tokens], sampling };
+    scheduler.submit(RequestId(id), request, Duration::from_secs(id));
+}
+
+fn schedule(scheduler: &mut Scheduler) -> StepPlan {
+    let plan = scheduler.schedule(Duration::from_secs(100)).expect("there is work");
+    check(scheduler);
+    check_plan(scheduler, &plan);
+    plan
+}
+
+/// The request and the number of tokens of each entry.
+fn entries(scheduler: &Scheduler, plan: &StepPlan) -> Vec<(u64, usize)> {
+    plan.entries.iter().map(|planned| (scheduler.running()[planned.running].id.0, planned.tokens)).collect()
+}
+
+fn complete(scheduler: &mut Scheduler, plan: StepPlan, token_id: u32) -> Vec<Effect> {
+    let sampled = plan.batch.logit_rows.iter().map(|_| Ok(token_id)).collect();
+    let mut effects = Vec::new();
+    scheduler.complete(StepOutput { plan, sampled, completed_at: Duration::from_secs(200) }, &mut effects);
+    check(scheduler);
+    effects
+}
+
+/// One whole step; its entries.
+fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
+    let plan = schedule(scheduler);
+    let entries = entries(scheduler, &plan);
+    complete(scheduler, plan, TOKEN);
+    entries
+}
+
+fn config(max_step_tokens: usize, max_prefill_chunk_tokens: usize) -> EngineConfig {
+    EngineConfig { max_step_tokens, max_prefill_chunk_tokens, ..Default::default() }
+}
+
+#[test]
+fn decodes_come_first_and_prefill_chunks_share_the_rest_of_the_budget() {
+    let mut scheduler = scheduler(100, config(10, 6));
+    submit(&mut scheduler, 0, 2, 50);
+    submit(&mut scheduler, 1, 3, 50);
+    assert_eq!(step(&mut scheduler), [(0, 2), (1, 3)]);
+    submit(&mut scheduler, 2, 20, 50);
+    submit(&mut scheduler, 3, 8, 50);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 6), (3, 2)]);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 6), (3, 2)]);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 6), (3, 2)]);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 2), (3, 2)]);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+}
+
+#[test]
+fn admission_is_first_come_first_served_even_if_a_later_request_would_fit() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    submit(&mut scheduler, 0, 24, 4);
+    submit(&mut scheduler, 1, 20, 4);
+    submit(&mut scheduler, 2, 1, 4);
+    assert_eq!(step(&mut scheduler), [(0, 24)], "5 blocks do not fit beside 6 of 10, 1 block would");
+    for _ in 0..3 {
+        assert_eq!(step(&mut scheduler), [(0, 1)]);
+    }
+    assert_eq!(step(&mut scheduler), [(1, 20), (2, 1)]);
+}
+
+#[test]
+fn a_newcomer_leaves_one_block_free_for_each_running_sequence() {
+    let mut scheduler = scheduler(4, config(100, 100));
+    submit(&mut scheduler, 0, 4, 5);
+    submit(&mut scheduler, 1, 12, 1);
+    assert_eq!(step(&mut scheduler), [(0, 4)], "3 blocks are free and wanted, but the first soon needs one");
+    let mut scheduler = self::scheduler(5, config(100, 100));
+    submit(&mut scheduler, 0, 4, 5);
+    submit(&mut scheduler, 1, 12, 1);
+    assert_eq!(step(&mut scheduler), [(0, 4), (1, 12)]);
+}
+
+#[test]
+fn the_youngest_is_preempted_and_computes_prompt_and_completion_again() {
+    let mut scheduler = scheduler(6, config(100, 100));
+    submit(&mut scheduler, 0, 8, 17);
+    submit(&mut scheduler, 1, 6, 12);
+    assert_eq!(step(&mut scheduler), [(0, 8), (1, 6)]);
+    // 0 has 2 blocks and takes a third at 9 and a fourth at 13 tokens; 1 takes its third at 9.
+    for _ in 0..4 {
+        assert_eq!(step(&mut scheduler), [(0, 1), (1, 1)]);
+    }
+    assert_eq!(scheduler.stats().kv_blocks_used, 6);
+    assert_eq!(step(&mut scheduler), [(0, 1)], "0 needs a fourth block: 1 gives its three");
+    let stats = scheduler.stats();
+    assert_eq!((stats.preemptions, stats.running, stats.waiting), (1, 1, 1));
+    assert_eq!(scheduler.not_started(), 0, "a preempted request has started");
+    for _ in 0..11 {
+        assert_eq!(step(&mut scheduler), [(0, 1)]);
+    }
+    // 6 of the prompt and the 5 generated before.
+    assert_eq!(step(&mut scheduler), [(1, 11)]);
+    let stats = scheduler.stats();
+    assert_eq!((stats.prompt_tokens, stats.generation_tokens), (14, 17 + 6), "each counted once");
+    assert_eq!(stats.queue_seconds.count, 2);
+    assert_eq!(stats.prefill_seconds.count, 2);
+}
+
+#[test]
+fn a_youngest_sequence_that_needs_a_block_preempts_itself() {
+    let mut scheduler = scheduler(5, config(100, 100));
+    submit(&mut scheduler, 0, 9, 4);
+    submit(&mut scheduler, 1, 4, 9);
+    assert_eq!(step(&mut scheduler), [(0, 9), (1, 4)]);
+    for _ in 0..3 {
+        assert_eq!(step(&mut scheduler), [(0, 1), (1, 1)]);
+    }
+    assert_eq!(scheduler.stats().finished.length, 1);
+    submit(&mut scheduler, 2, 8, 8);
+    assert_eq!(step(&mut scheduler), [(1, 1), (2, 8)]);
+    let mut preempted = false;
+    for _ in 0..4 {
+        preempted |= step(&mut scheduler).iter().all(|&(id, _)| id == 1);
+    }
+    assert!(preempted, "2 needs its third block while 1 holds the others");
+    assert_eq!(scheduler.stats().preemptions, 1);
+}
+
+#[test]
+fn an_abort_in_flight_keeps_the_blocks_until_the_step_completes_and_drops_its_token() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    submit(&mut scheduler, 0, 6, 5);
+    submit(&mut scheduler, 1, 6, 5);
+    let plan = schedule(&mut scheduler);
+    let mut effects = Vec::new();
+    scheduler.abort(RequestId(0), &mut effects);
+    scheduler.abort(RequestId(0), &mut effects);
+    check(&scheduler);
+    assert!(effects.is_empty());
+    assert_eq!(scheduler.stats().kv_blocks_used, 4);
+    let effects = complete(&mut scheduler, plan, TOKEN);
+    let finished = EffectKind::Finished {
+        reason: FinishReason::Aborted,
+        stop_token: None,
+        prompt_tokens: 6,
+        completion_tokens: 0,
+    };
+    let token = EffectKind::Token { token_id: TOKEN, logit_row: 1 };
+    let expected = [(1, token), (0, finished)].map(|(id, kind)| Effect { request: RequestId(id), kind });
+    assert_eq!(effects, expected);
+    assert_eq!(scheduler.stats().kv_blocks_used, 2);
+}
+
+#[test]
+fn an_abort_between_steps_or_in_the_queue_ends_the_request_at_once() {
+    let mut scheduler = scheduler(10, EngineConfig { max_running_sequences: 1, ..config(100, 100) });
+    submit(&mut scheduler, 0, 6, 5);
+    submit(&mut scheduler, 1, 3, 5);
+    step(&mut scheduler);
+    let mut effects = Vec::new();
+    for id in [1, 0, 0, 9] {
+        scheduler.abort(RequestId(id), &mut effects);
+        check(&scheduler);
+    }
+    let ended: Vec<u64> = effects.iter().map(|effect| effect.request.0).collect();
+    assert_eq!(ended, [1, 0]);
+    assert!(scheduler.is_idle());
+    assert_eq!(scheduler.stats().kv_blocks_used, 0);
+    assert_eq!(scheduler.stats().finished.aborted, 2);
+    assert!(scheduler.schedule(Duration::ZERO).is_none());
+}
+
+#[test]
+fn a_stop_token_ends_a_sequence_and_is_told_with_the_end_only() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    submit(&mut scheduler, 0, 2, 1);
+    let plan = schedule(&mut scheduler);
+    let effects = complete(&mut scheduler, plan, 0);
+    let kind = EffectKind::Finished {
+        reason: FinishReason::Stop,
+        stop_token: Some(0),
+        prompt_tokens: 2,
+        completion_tokens: 1,
+    };
+    assert_eq!(effects, [Effect { request: RequestId(0), kind }]);
+    let stats = scheduler.stats();
+    assert_eq!((stats.finished.stop, stats.finished.length, stats.generation_tokens), (1, 0, 1));
+}
+
+#[test]
+fn times_are_observed_once_for_each_request() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    submit(&mut scheduler, 3, 2, 2);
+    step(&mut scheduler);
+    step(&mut scheduler);
+    let stats = scheduler.stats();
+    assert_eq!((stats.queue_seconds.count, stats.queue_seconds.sum), (1, 97.0));
+    assert_eq!((stats.prefill_seconds.count, stats.prefill_seconds.sum), (1, 100.0));
+    assert_eq!((stats.decode_seconds.count, stats.decode_seconds.sum), (1, 0.0));
+    assert_eq!(stats.step_tokens.count, 2);
+    assert_eq!(stats.step_tokens.sum, 3.0);
+}

@@ -1,0 +1,150 @@
+//! One request inside the scheduler: its tokens, its KV blocks, and where it is in its life.
+
+use std::time::Duration;
+
+use crate::blocks::{BlockId, BlockPool};
+use crate::request::{FinishReason, Request, RequestId};
+use crate::sampling::SamplingParameters;
+use crate::scheduler::StepId;
+
+/// Where a sequence is in its life.
+///
+/// ```text
+/// submit -> Waiting <-> Running -> Ended
+///              |           |          ^
+///              |           v          |
+///              |     Ending{after} ---+
+///              +-- abort -------------+
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SequenceState {
+    /// In the queue, without blocks: never started, or preempted.
+    Waiting,
+    /// Holds blocks for every token it has computed.
+    Running,
+    /// Aborted while a step was in flight: the device may still write to its blocks, so it keeps them until
+    /// that step completes.
+    Ending {
+        /// The step in flight.
+        after: StepId,
+    },
+    /// Over. Only inside `complete`, which takes it out and frees its blocks.
+    Ended,
+}
+
+/// When things happened to a sequence, since the start of the engine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    pub(crate) submitted: Duration,
+    pub(crate) started: Option<Duration>,
+    pub(crate) first_token: Option<Duration>,
+}
+
+/// A request and what was computed of it.
+pub(crate) struct Sequence {
+    pub(crate) id: RequestId,
+    pub(crate) sampling: SamplingParameters,
+    /// Of its random numbers.
+    pub(crate) seed: u64,
+    pub(crate) state: SequenceState,
+    pub(crate) blocks: Vec<BlockId>,
+    /// Tokens whose keys and values are in the blocks.
+    pub(crate) computed: usize,
+    pub(crate) times: Times,
+    /// The prompt, then the completion.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    /// Prompt tokens that were computed at least once: what preemption computes again is not new.
+    prompt_tokens_counted: usize,
+    /// Tokens that end it, sorted.
+    stop_tokens: Vec<u32>,
+}
+
+impl Sequence {
+    /// A waiting sequence. `eos_token_ids` are the model's; `seed` is for a request that brings none.
+    pub(crate) fn new(
+        id: RequestId,
+        request: Request,
+        eos_token_ids: &[u32],
+        seed: u64,
+        submitted: Duration,
+    ) -> Self {
+        let Request { prompt, sampling } = request;
+        let mut stop_tokens = sampling.stop_token_ids.clone();
+        if !sampling.ignore_eos {
+            stop_tokens.extend_from_slice(eos_token_ids);
+        }
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+        Self {
+            id,
+            seed: sampling.seed.unwrap_or(seed),
+            sampling,
+            state: SequenceState::Waiting,
+            blocks: Vec::new(),
+            computed: 0,
+            times: Times { submitted, started: None, first_token: None },
+            prompt_tokens: prompt.len(),
+            prompt_tokens_counted: 0,
+            tokens: prompt,
+            stop_tokens,
+        }
+    }
+
+    /// The prompt, then the completion so far.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The prompt.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_tokens]
+    }
+
+    /// The completion so far.
+    pub(crate) fn completion(&self) -> &[u32] {
+        &self.tokens[self.prompt_tokens..]
+    }
+
+    /// Tokens that end it, sorted.
+    pub(crate) fn stop_tokens(&self) -> &[u32] {
+        &self.stop_tokens
+    }
+
+    /// Known tokens that must be computed before the next one can be sampled: 1 while decoding, more for a
+    /// prompt, or for what a preemption threw away. Never 0 between steps.
+    pub(crate) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Tokens that its place in the cache must hold at the end of its life: the last token is never fed back.
+    pub(crate) fn maximum_cached_tokens(&self) -> usize {
+        self.prompt_tokens + self.sampling.max_tokens - 1
+    }
+
+    /// Records that `tokens` more tokens were computed; returns how many of them are of the prompt and were
+    /// never computed before.
+    pub(crate) fn advance(&mut self, tokens: usize) -> usize {
+        self.computed += tokens;
+        let reached = self.computed.min(self.prompt_tokens).max(self.prompt_tokens_counted);
+        reached - std::mem::replace(&mut self.prompt_tokens_counted, reached)
+    }
+
+    /// Appends a sampled token; says why the sequence ends with it, if it does.
+    pub(crate) fn append(&mut self, token_id: u32) -> Option<FinishReason> {
+        self.tokens.push(token_id);
+        if self.stop_tokens.binary_search(&token_id).is_ok() {
+            Some(FinishReason::Stop)
+        } else if self.completion().len() >= self.sampling.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// Gives the blocks back and forgets what was in them; the tokens stay.
+    pub(crate) fn release(&mut self, pool: &mut BlockPool) {
+        pool.free(&mut self.blocks);
+        self.computed = 0;
+    }
+}

@@ -1,0 +1,107 @@
+//! The router: which address is answered by what, within which limits.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use nibble_engine::EngineHandle;
+use nibble_model::chat_template::ChatTemplate;
+use nibble_model::tokenizer::Tokenizer;
+use serde_json::{Value, json};
+
+use crate::auth::{ApiKeys, require_key};
+use crate::metrics::{Metrics, metrics};
+use crate::observe::observe;
+use crate::openai::error::ApiError;
+use crate::openai::fields::BODY_LIMIT_BYTES;
+use crate::openai::{chat, completions, models, tokenize};
+use crate::{ServerError, health};
+
+/// The model that a server serves.
+#[derive(Clone)]
+pub struct ServedModel {
+    /// Its name in the API.
+    pub name: String,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template, if it has one.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// The engine that runs it.
+    pub engine: EngineHandle,
+}
+
+impl ServedModel {
+    /// Refuses requests for another model; those that name none get the one there is.
+    pub(crate) fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
+        match name {
+            Some(found) if found != self.name => {
+                Err(ApiError::ModelNotFound { found: found.to_owned(), expected: self.name.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What every handler sees.
+pub(crate) struct AppState {
+    pub(crate) model: ServedModel,
+    pub(crate) metrics: Arc<Metrics>,
+    /// When the server started, in seconds since 1970.
+    pub(crate) started_at: u64,
+    pub(crate) api_keys: ApiKeys,
+}
+
+/// The HTTP service of `model`. With API keys, everything but health needs one of them.
+///
+/// # Errors
+/// When the metrics cannot be set up.
+pub fn router(model: ServedModel, api_keys: Vec<String>) -> Result<Router, ServerError> {
+    let metrics_of_server = Metrics::new(model.engine.clone(), &model.name)?;
+    let state = Arc::new(AppState {
+        model,
+        metrics: metrics_of_server,
+        started_at: seconds_since_1970(),
+        api_keys: ApiKeys::new(api_keys),
+    });
+    let guarded = Router::new()
+        .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{model}", get(models::one))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/metrics", get(metrics))
+        .route("/version", get(version))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), require_key));
+    let open = Router::new()
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .method_not_allowed_fallback(method_not_allowed);
+    Ok(guarded
+        .merge(open)
+        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), observe))
+        .with_state(state))
+}
+
+/// Seconds since 1970; 0 when the clock stands before.
+pub(crate) fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs())
+}
+
+/// `GET /version`.
+async fn version(State(_): State<Arc<AppState>>) -> Json<Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+async fn not_found(request: Request) -> ApiError {
+    ApiError::NotFound { path: request.uri().path().to_owned() }
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    ApiError::MethodNotAllowed { method: request.method().to_string(), path: request.uri().path().to_owned() }
+}

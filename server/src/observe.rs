@@ -1,0 +1,66 @@
+//! What surrounds every request: its id, its span, its line in the access log, its count.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::app::AppState;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest id that is taken over from a client.
+const MAXIMUM_ID_BYTES: usize = 128;
+
+/// Names a request in logs, in its answer and in the `x-request-id` header, and says when it arrived.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestIdentity {
+    pub(crate) id: String,
+    pub(crate) arrived_at: Instant,
+}
+
+/// Gives a request its identity, and logs and counts it when its response begins.
+pub(crate) async fn observe(
+    State(state): State<Arc<AppState>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let arrived_at = Instant::now();
+    let id = given_id(&request).unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+    let header = HeaderValue::from_str(&id).ok();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    // Unknown addresses are one entry, or anybody could fill the memory with counters.
+    let handler =
+        request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
+    let span = tracing::info_span!("request", %id);
+    request.extensions_mut().insert(RequestIdentity { id, arrived_at });
+    let mut response = next.run(request).instrument(span.clone()).await;
+    if let Some(header) = header {
+        response.headers_mut().insert(X_REQUEST_ID, header);
+    }
+    let (status, elapsed) = (response.status().as_u16(), arrived_at.elapsed());
+    state.metrics.http(&handler, known_method(method.as_str()), status, elapsed);
+    span.in_scope(|| {
+        tracing::info!(%method, path, status, milliseconds = elapsed.as_millis() as u64, "answered");
+    });
+    response
+}
+
+/// The client's own id, when it is a plain word.
+fn given_id(request: &Request) -> Option<String> {
+    let id = request.headers().get(X_REQUEST_ID)?.to_str().ok()?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b':');
+    (!id.is_empty() && id.len() <= MAXIMUM_ID_BYTES && id.bytes().all(plain)).then(|| id.to_owned())
+}
+
+/// `method`, or "other" for one that HTTP does not know: clients may invent them.
+fn known_method(method: &str) -> &str {
+    match method {
+        "GET" | "POST" | "PUT" | "DELETE" | "HEAD" | "OPTIONS" | "PATCH" => method,
+        _ => "other",
+    }
+}

@@ -1,0 +1,101 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use nibble_model::tokenizer::Tokenizer;
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::types::common::Usage;
+use super::types::completions::{CompletionChoice, CompletionRequest, CompletionResponse};
+use super::{blocking, logprobs};
+use crate::app::{AppState, seconds_since_1970};
+use crate::generation::{ChoiceEvent, Finish, Generation, TokenOutput};
+use crate::observe::RequestIdentity;
+use crate::stream::{Chunks, stream};
+use crate::validation::{Delivery, ValidRequest};
+
+/// Continues one or several prompts.
+pub(crate) async fn completions(
+    State(state): State<Arc<AppState>>,
+    Extension(identity): Extension<RequestIdentity>,
+    fields: Fields,
+) -> Result<Response, ApiError> {
+    let request = CompletionRequest::try_from(fields)?;
+    let request = blocking(&state, move |state| ValidRequest::completion(&state.model, request)).await?;
+    let generation = Generation::start(&state, &request, identity.arrived_at)?;
+    let answer = Answer {
+        id: format!("cmpl-{}", identity.id),
+        created: seconds_since_1970(),
+        model: state.model.name.clone(),
+        tokenizer: Arc::clone(&state.model.tokenizer),
+    };
+    match request.delivery() {
+        Delivery::Stream { include_usage } => Ok(stream(generation, answer, include_usage)),
+        Delivery::Whole => {
+            let (choices, usage) = generation.collect().await?;
+            let choices = choices.into_iter().enumerate();
+            let choices = choices.map(|(index, choice)| {
+                answer.choice(index, choice.text, &choice.tokens, Some(choice.finish))
+            });
+            Ok(Json(answer.response(choices.collect(), Some(usage))).into_response())
+        }
+    }
+}
+
+/// What all parts of an answer share.
+struct Answer {
+    id: String,
+    created: u64,
+    model: String,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Answer {
+    fn choice(
+        &self,
+        index: usize,
+        text: String,
+        tokens: &[TokenOutput],
+        finish: Option<Finish>,
+    ) -> CompletionChoice {
+        CompletionChoice {
+            index,
+            text,
+            logprobs: logprobs::completion(&self.tokenizer, tokens),
+            finish_reason: finish.as_ref().map(|finish| finish.outcome.name()),
+            stop_reason: finish.and_then(|finish| finish.stop_reason),
+        }
+    }
+
+    fn response(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionResponse {
+        CompletionResponse {
+            id: self.id.clone(),
+            object: "text_completion",
+            created: self.created,
+            model: self.model.clone(),
+            choices,
+            usage,
+        }
+    }
+}
+
+impl Chunks for Answer {
+    type Chunk = CompletionResponse;
+
+    fn opening(&self, _: usize) -> Option<CompletionResponse> {
+        None
+    }
+
+    fn event(&self, event: ChoiceEvent) -> CompletionResponse {
+        let choice = self.choice(event.choice, event.text, &event.tokens, event.finish);
+        self.response(vec![choice], None)
+    }
+
+    fn usage(&self, usage: Usage) -> CompletionResponse {
+        self.response(Vec::new(), Some(usage))
+    }
+}

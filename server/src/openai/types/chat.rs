@@ -1,0 +1,129 @@
+//! `/v1/chat/completions`: request, response, chunk of a stream.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::common::{Usage, as_float};
+use super::sampling::GenerationFields;
+use crate::openai::error::ApiError;
+use crate::openai::fields::Fields;
+
+/// A chat completion request, as it was sent.
+#[derive(Debug)]
+pub(crate) struct ChatRequest {
+    pub(crate) generation: GenerationFields,
+    pub(crate) messages: Vec<Map<String, Value>>,
+    pub(crate) max_completion_tokens: Option<u32>,
+    pub(crate) logprobs: bool,
+    pub(crate) top_logprobs: Option<u32>,
+    pub(crate) add_generation_prompt: bool,
+    pub(crate) add_special_tokens: bool,
+    pub(crate) documents: Option<Vec<Value>>,
+    pub(crate) chat_template_kwargs: Map<String, Value>,
+}
+
+impl TryFrom<Fields> for ChatRequest {
+    type Error = ApiError;
+
+    fn try_from(mut fields: Fields) -> Result<Self, ApiError> {
+        const BOOLEAN: &str = "true or false";
+        let request = Self {
+            messages: fields.require("messages", "a list of messages")?,
+            max_completion_tokens: fields.take("max_completion_tokens", "an integer of at least 1")?,
+            logprobs: fields.take("logprobs", BOOLEAN)?.unwrap_or(false),
+            top_logprobs: fields.take("top_logprobs", "an integer of at least 0")?,
+            add_generation_prompt: fields.take("add_generation_prompt", BOOLEAN)?.unwrap_or(true),
+            // The template writes the special tokens that the model expects.
+            add_special_tokens: fields.take("add_special_tokens", BOOLEAN)?.unwrap_or(false),
+            documents: fields.take("documents", "a list of objects")?,
+            chat_template_kwargs: fields.take("chat_template_kwargs", "an object")?.unwrap_or_default(),
+            generation: GenerationFields::take(&mut fields)?,
+        };
+        fields.finish()?;
+        Ok(request)
+    }
+}
+
+/// A whole chat completion.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatResponse {
+    pub(crate) id: String,
+    pub(crate) object: &'static str,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) choices: Vec<ChatChoice>,
+    pub(crate) usage: Usage,
+}
+
+/// One of the `n` answers.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatChoice {
+    pub(crate) index: usize,
+    pub(crate) message: ChatMessage,
+    pub(crate) logprobs: Option<ChatLogprobs>,
+    pub(crate) finish_reason: &'static str,
+    pub(crate) stop_reason: Option<Value>,
+}
+
+/// The assistant's message.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatMessage {
+    pub(crate) role: &'static str,
+    pub(crate) content: String,
+    pub(crate) refusal: Option<String>,
+}
+
+/// A part of a streamed chat completion.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatChunk {
+    pub(crate) id: String,
+    pub(crate) object: &'static str,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) choices: Vec<ChatChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) usage: Option<Usage>,
+}
+
+/// What a chunk adds to one of the answers.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatChunkChoice {
+    pub(crate) index: usize,
+    pub(crate) delta: ChatDelta,
+    pub(crate) logprobs: Option<ChatLogprobs>,
+    pub(crate) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stop_reason: Option<Value>,
+}
+
+/// What a chunk adds to the message.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct ChatDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<String>,
+}
+
+/// Log probabilities of the tokens of a message or a chunk.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatLogprobs {
+    pub(crate) content: Vec<ChatTokenLogprob>,
+}
+
+/// The log probability of one token, and of the most likely ones in its place.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChatTokenLogprob {
+    #[serde(flatten)]
+    pub(crate) token: TokenEntry,
+    pub(crate) top_logprobs: Vec<TokenEntry>,
+}
+
+/// A token and its log probability.
+#[derive(Debug, Serialize)]
+pub(crate) struct TokenEntry {
+    pub(crate) token: String,
+    #[serde(serialize_with = "as_float")]
+    pub(crate) logprob: f32,
+    pub(crate) bytes: Vec<u8>,
+}

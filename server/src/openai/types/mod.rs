@@ -1,0 +1,6 @@
+//! Requests and responses as they are on the wire.
+
+pub(crate) mod chat;
+pub(crate) mod common;
+pub(crate) mod completions;
+pub(crate) mod sampling;

@@ -1,0 +1,89 @@
+//! The fields that completions and chat completions share.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::openai::error::ApiError;
+use crate::openai::fields::Fields;
+
+const NUMBER: &str = "a number";
+const COUNT: &str = "an integer of at least 0";
+const BOOLEAN: &str = "true or false";
+const TOKEN_IDS: &str = "a list of token ids";
+
+/// How to generate: OpenAI's fields and vLLM's, as they were sent.
+#[derive(Debug)]
+pub(crate) struct GenerationFields {
+    pub(crate) model: Option<String>,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) min_tokens: Option<u32>,
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    /// 0 and -1 stand for all tokens.
+    pub(crate) top_k: Option<i64>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    /// Token ids, in decimal, to what is added to their logits.
+    pub(crate) logit_bias: BTreeMap<String, f32>,
+    pub(crate) seed: Option<i64>,
+    pub(crate) n: Option<u32>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stop_token_ids: Vec<u32>,
+    pub(crate) include_stop_str_in_output: bool,
+    pub(crate) ignore_eos: bool,
+    pub(crate) skip_special_tokens: bool,
+    pub(crate) stream: bool,
+    pub(crate) stream_options: Option<StreamOptions>,
+}
+
+/// Options of a stream.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StreamOptions {
+    /// Whether a last chunk reports the usage.
+    #[serde(default)]
+    pub(crate) include_usage: bool,
+}
+
+/// One string or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Strings {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl GenerationFields {
+    pub(crate) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        let stop = match fields.take("stop", "a string or a list of strings")? {
+            None => Vec::new(),
+            Some(Strings::One(stop)) => vec![stop],
+            Some(Strings::Several(stops)) => stops,
+        };
+        Ok(Self {
+            model: fields.take("model", "the name of a model")?,
+            max_tokens: fields.take("max_tokens", COUNT)?,
+            min_tokens: fields.take("min_tokens", COUNT)?,
+            temperature: fields.take("temperature", NUMBER)?,
+            top_p: fields.take("top_p", NUMBER)?,
+            top_k: fields.take("top_k", "an integer")?,
+            min_p: fields.take("min_p", NUMBER)?,
+            repetition_penalty: fields.take("repetition_penalty", NUMBER)?,
+            frequency_penalty: fields.take("frequency_penalty", NUMBER)?,
+            presence_penalty: fields.take("presence_penalty", NUMBER)?,
+            logit_bias: fields.take("logit_bias", "an object of token ids to numbers")?.unwrap_or_default(),
+            seed: fields.take("seed", "an integer of 64 bits")?,
+            n: fields.take("n", "an integer of at least 1")?,
+            stop,
+            stop_token_ids: fields.take("stop_token_ids", TOKEN_IDS)?.unwrap_or_default(),
+            include_stop_str_in_output: fields.take("include_stop_str_in_output", BOOLEAN)?.unwrap_or(false),
+            ignore_eos: fields.take("ignore_eos", BOOLEAN)?.unwrap_or(false),
+            skip_special_tokens: fields.take("skip_special_tokens", BOOLEAN)?.unwrap_or(true),
+            stream: fields.take("stream", BOOLEAN)?.unwrap_or(false),
+            stream_options: fields.take("stream_options", "an object with include_usage")?,
+        })
+    }
+}

@@ -1,0 +1,8 @@
+//! The API as a client sees it, over a model that knows the alphabet.
+
+mod answers;
+mod hang_up;
+mod refusals;
+mod service;
+mod streams;
+mod support;
