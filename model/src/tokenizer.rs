@@ -16,6 +16,9 @@ pub struct Tokenizer {
     file: PathBuf,
 }
 
+/// What stands for a space in the tokens of SentencePiece, where byte fallback comes from.
+const SENTENCEPIECE_SPACE: char = '\u{2581}';
+
 /// How the tokens of a vocabulary spell bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ByteSpelling {
@@ -101,9 +104,16 @@ impl Tokenizer {
                 .map(byte_of_character)
                 .collect::<Option<_>>()
                 .unwrap_or_else(|| token.into_bytes()),
-            ByteSpelling::Fallback => byte_of_token(&token).map_or_else(decoded, |byte| vec![byte]),
+            // Decoded alone, a token would lose the space before it.
+            ByteSpelling::Fallback => byte_of_token(&token)
+                .map_or_else(|| token.replace(SENTENCEPIECE_SPACE, " ").into_bytes(), |byte| vec![byte]),
             ByteSpelling::None => decoded(),
         }
+    }
+
+    /// Whether `id` is a special token, which is no part of a text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
     }
 
     /// Whether [`Tokenizer::decode`] leaves `id` out: a special token, or an id that the vocabulary does not

@@ -13,11 +13,13 @@ use nibble_model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use crate::auth::require_key;
+use crate::grammar::Grammars;
 use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
 use crate::openai::{chat, completions, models, tokenize};
+use crate::tools::ToolCallFormat;
 use crate::{ServerError, health};
 
 /// The model that a server serves.
@@ -44,6 +46,8 @@ pub struct ServerOptions {
     pub stuck_after: Duration,
     /// Silence in a stream after which a comment is sent.
     pub keep_alive: Duration,
+    /// How the model calls tools; what its chat template says if absent.
+    pub tool_call_format: Option<ToolCallFormat>,
 }
 
 impl Default for ServerOptions {
@@ -53,6 +57,7 @@ impl Default for ServerOptions {
             // Far above the longest step: a slow machine under load must not be restarted.
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
+            tool_call_format: None,
         }
     }
 }
@@ -73,6 +78,9 @@ impl ServedModel {
 pub(crate) struct AppState {
     pub(crate) model: ServedModel,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) grammars: Grammars,
+    /// How the model calls tools; absent when nobody knows, or when it has no chat template.
+    pub(crate) tool_call_format: Option<ToolCallFormat>,
     /// When the server started, in seconds since 1970.
     pub(crate) started_at: u64,
     pub(crate) options: ServerOptions,
@@ -84,8 +92,19 @@ pub(crate) struct AppState {
 /// When the metrics cannot be set up.
 pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, ServerError> {
     let metrics_of_server = Metrics::new(model.engine.clone(), &model.name)?;
-    let state =
-        Arc::new(AppState { model, metrics: metrics_of_server, started_at: seconds_since_1970(), options });
+    let limits = model.engine.limits();
+    let tokenizer = Arc::clone(&model.tokenizer);
+    let grammars = Grammars::new(tokenizer, limits.vocabulary_size, limits.eos_token_ids.clone());
+    let of_template = || ToolCallFormat::of_template(model.chat_template.as_deref()?);
+    let tool_call_format = options.tool_call_format.or_else(of_template);
+    let state = Arc::new(AppState {
+        model,
+        metrics: metrics_of_server,
+        grammars,
+        tool_call_format,
+        started_at: seconds_since_1970(),
+        options,
+    });
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))

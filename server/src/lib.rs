@@ -9,6 +9,7 @@
 mod app;
 mod auth;
 mod generation;
+mod grammar;
 mod health;
 mod metrics;
 mod observe;
@@ -16,7 +17,9 @@ mod openai;
 mod serve;
 mod stop_strings;
 mod stream;
+mod tools;
 mod validation;
 
 pub use app::{ServedModel, ServerOptions, router};
 pub use serve::{ServerError, serve};
+pub use tools::ToolCallFormat;

@@ -23,8 +23,8 @@ pub(crate) trait Chunks: Send + 'static {
     /// What comes before the first event of `choice`, if anything does.
     fn opening(&self, choice: usize) -> Option<Self::Chunk>;
 
-    /// An event, with the usage so far if each chunk reports it.
-    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> Self::Chunk;
+    /// An event, with the usage so far if each chunk reports it; `None` if there is nothing to tell yet.
+    fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<Self::Chunk>;
 
     /// The usage of the whole request.
     fn usage(&self, usage: Usage) -> Self::Chunk;
@@ -63,19 +63,19 @@ struct Events<C> {
 
 impl<C: Chunks> Events<C> {
     async fn next(&mut self) -> Option<Event> {
-        if self.queue.is_empty() {
+        while self.queue.is_empty() && self.generation.is_some() {
             self.advance().await;
         }
         self.queue.pop_front()
     }
 
-    /// Puts the next events of the generation into the queue; none when it is over.
+    /// Puts what the next event of the generation tells into the queue, or the end when there is none.
     async fn advance(&mut self) {
         let Some(generation) = &mut self.generation else { return };
         match generation.next().await {
             Some(Ok(choice)) => {
                 let usage = self.options.continuous_usage_stats.then(|| generation.usage());
-                self.queue.push_back(event(&self.chunks.event(choice, usage)));
+                self.queue.extend(self.chunks.event(choice, usage).map(|chunk| event(&chunk)));
                 return;
             }
             Some(Err(error)) => {

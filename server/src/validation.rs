@@ -3,17 +3,20 @@
 //! Rendering a template and tokenizing take time that grows with the text: these functions belong on a thread
 //! that may block.
 
-use nibble_engine::{EngineHandle, Request, SamplingParameters, SubmitError};
+use nibble_engine::{EngineHandle, Request, SamplingParameters, SubmitError, TokenConstraint};
 use nibble_model::chat_template::ChatInputs;
 use nibble_model::generation_config::GenerationConfig;
 use serde_json::{Map, Value};
 
-use crate::app::ServedModel;
+use crate::app::AppState;
+use crate::grammar::{Grammar, Grammars};
 use crate::openai::error::ApiError;
 use crate::openai::fields::short;
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::{CompletionRequest, Prompts};
 use crate::openai::types::sampling::{GenerationFields, StreamOptions};
+use crate::openai::types::structured::StructuredOutput;
+use crate::tools::Tools;
 
 /// Most choices of one request, over all of its prompts.
 const MAXIMUM_CHOICES: usize = 1024;
@@ -33,6 +36,10 @@ pub(crate) struct ValidRequest {
     prompts: Vec<Prompt>,
     /// Of the first choice of the first prompt; the others differ in their seeds.
     sampling: SamplingParameters,
+    /// What each completion must be, at its beginning.
+    constraint: Option<Box<dyn TokenConstraint>>,
+    /// The tools that the model may call.
+    tools: Option<Tools>,
     choices_per_prompt: usize,
     stop: Vec<String>,
     include_stop: bool,
@@ -67,9 +74,10 @@ pub(crate) enum Delivery {
 
 impl ValidRequest {
     /// Checks and tokenizes a completion request.
-    pub(crate) fn completion(model: &ServedModel, request: CompletionRequest) -> Result<Self, ApiError> {
+    pub(crate) fn completion(state: &AppState, request: CompletionRequest) -> Result<Self, ApiError> {
         const FIELD: &str = "prompt";
-        let fields = request.generation;
+        let model = &state.model;
+        let mut fields = request.generation;
         model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields, &model.generation_config)?;
         sampling.logprobs = request.logprobs.map(|count| logprobs("logprobs", count)).transpose()?;
@@ -98,13 +106,19 @@ impl ValidRequest {
             Prompts::Tokens(tokens) => Ok(vec![from_tokens(tokens)?]),
             Prompts::TokenLists(lists) => lists.into_iter().map(from_tokens).collect(),
         };
-        Self::new(&model.engine, prompts?, fields, sampling, FIELD)
+        let structured = fields.structured.take();
+        let mut request = Self::new(&model.engine, prompts?, fields, sampling, FIELD)?;
+        if let Some(StructuredOutput { grammar, param }) = structured {
+            request.constrain(&state.grammars, grammar, param)?;
+        }
+        Ok(request)
     }
 
     /// Checks a chat completion request, puts it into the model's form and tokenizes it.
-    pub(crate) fn chat(model: &ServedModel, request: ChatRequest) -> Result<Self, ApiError> {
+    pub(crate) fn chat(state: &AppState, request: ChatRequest) -> Result<Self, ApiError> {
         const FIELD: &str = "messages";
-        let fields = request.generation;
+        let model = &state.model;
+        let mut fields = request.generation;
         model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields, &model.generation_config)?;
         sampling.logprobs = match (request.logprobs, request.top_logprobs) {
@@ -126,9 +140,15 @@ impl ValidRequest {
         if messages.is_empty() {
             return Err(ApiError::invalid(FIELD, "[]", "at least one message"));
         }
+        let format = state.tool_call_format;
+        let tools =
+            Tools::new(format, &request.tools, request.tool_choice.as_ref(), request.parallel_tool_calls)?;
+        // Tags of calls may be special tokens.
+        fields.skip_special_tokens &= tools.is_none();
+        let grammar = chat_grammar(fields.structured.take(), tools.as_ref())?;
         let text = template.render(&ChatInputs {
             messages,
-            tools: None,
+            tools: tools.is_some().then_some(request.tools),
             documents: request.documents,
             add_generation_prompt: request.add_generation_prompt,
             variables: request.chat_template_kwargs,
@@ -144,7 +164,26 @@ impl ValidRequest {
             None => maximum_tokens.saturating_sub(token_ids.len()).max(1),
         };
         let prompt = Prompt { token_ids, echo: String::new(), max_tokens };
-        Self::new(&model.engine, vec![prompt], fields, sampling, FIELD)
+        let mut request = Self::new(&model.engine, vec![prompt], fields, sampling, FIELD)?;
+        if let Some((grammar, param)) = grammar {
+            request.constrain(&state.grammars, grammar, param)?;
+        }
+        request.tools = tools;
+        Ok(request)
+    }
+
+    /// Demands that completions are texts of `grammar`, which comes from the field `param`.
+    fn constrain(&mut self, grammars: &Grammars, grammar: Grammar, param: &str) -> Result<(), ApiError> {
+        if self.sampling.ignore_eos {
+            let expected = "false beside a structured output, whose end is an end-of-sequence token";
+            return Err(ApiError::invalid("ignore_eos", true, expected));
+        }
+        let constraint = grammars.compile(grammar).map_err(|error| {
+            let message = format!("{param} cannot be followed: {error}");
+            ApiError::InvalidField { param: param.to_owned(), message }
+        })?;
+        self.constraint = Some(constraint);
+        Ok(())
     }
 
     fn new(
@@ -179,6 +218,8 @@ impl ValidRequest {
         Ok(Self {
             prompts,
             sampling,
+            constraint: None,
+            tools: None,
             choices_per_prompt,
             include_stop: fields.include_stop_str_in_output,
             skip_special_tokens: fields.skip_special_tokens,
@@ -203,7 +244,12 @@ impl ValidRequest {
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
-        Request { prompt: prompt.token_ids.clone(), sampling }
+        Request { prompt: prompt.token_ids.clone(), sampling, constraint: self.constraint.clone() }
+    }
+
+    /// The tools that the model may call.
+    pub(crate) fn tools(&self) -> Option<&Tools> {
+        self.tools.as_ref()
     }
 
     /// Stop strings, none of them empty.
@@ -282,6 +328,28 @@ fn sampling(fields: &GenerationFields, of_model: &GenerationConfig) -> Result<Sa
     })
 }
 
+/// What the answer of a chat must be, and the field to blame when it cannot be.
+fn chat_grammar(
+    structured: Option<StructuredOutput>,
+    tools: Option<&Tools>,
+) -> Result<Option<(Grammar, &'static str)>, ApiError> {
+    let Some(tools) = tools else {
+        return Ok(structured.map(|StructuredOutput { grammar, param }| (grammar, param)));
+    };
+    let Some(StructuredOutput { grammar, param }) = structured else {
+        return Ok(tools.grammar(None).map(|grammar| (grammar, "tools")));
+    };
+    match grammar {
+        // A tool that must be called leaves no other answer.
+        Grammar::JsonSchema(schema) => Ok(tools.grammar(Some(schema)).map(|grammar| (grammar, param))),
+        _ => Err(ApiError::invalid(
+            param,
+            "given beside tools",
+            "a JSON schema, or tool_choice to be \"none\"",
+        )),
+    }
+}
+
 fn logprobs(field: &str, count: u32) -> Result<usize, ApiError> {
     if count > MAXIMUM_LOGPROBS {
         return Err(ApiError::invalid(field, count, format!("at most {MAXIMUM_LOGPROBS}")));
@@ -345,9 +413,14 @@ fn normalized(at: usize, mut message: Map<String, Value>) -> Result<Value, ApiEr
     }
     for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
         let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok())
-        {
-            *arguments = object.into();
+        match arguments.as_str() {
+            Some(text) if text.trim().is_empty() => *arguments = Map::new().into(),
+            Some(text) => {
+                if let Ok(object) = serde_json::from_str::<Map<_, _>>(text) {
+                    *arguments = object.into();
+                }
+            }
+            None => {}
         }
     }
     Ok(message.into())

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use nibble_engine::{Engine, EngineConfig, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
-use nibble_server::{ServedModel, ServerOptions};
+use nibble_server::{ServedModel, ServerOptions, ToolCallFormat};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
@@ -61,8 +61,31 @@ pub(crate) struct ServeArguments {
     /// Demand this key of every request but health checks; may be given several times.
     #[arg(long, value_name = "KEY")]
     api_key: Vec<String>,
+    /// How the model writes calls of tools; auto looks at its chat template.
+    #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
+    tool_call_parser: ToolCallParser,
     #[command(flatten)]
     device: DeviceArguments,
+}
+
+/// The formats of tool calls, under vLLM's names.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ToolCallParser {
+    Auto,
+    Hermes,
+    #[value(name = "llama3_json")]
+    Llama3Json,
+}
+
+impl ToolCallParser {
+    /// The format, if it is not the template's to say.
+    fn format(self) -> Option<ToolCallFormat> {
+        match self {
+            Self::Auto => None,
+            Self::Hermes => Some(ToolCallFormat::Hermes),
+            Self::Llama3Json => Some(ToolCallFormat::Llama3Json),
+        }
+    }
 }
 
 /// Runs the command.
@@ -99,7 +122,11 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         engine: engine.handle(),
     };
     drop(checkpoint);
-    let options = ServerOptions { api_keys: arguments.api_key.clone(), ..ServerOptions::default() };
+    let options = ServerOptions {
+        api_keys: arguments.api_key.clone(),
+        tool_call_format: arguments.tool_call_parser.format(),
+        ..ServerOptions::default()
+    };
     let router = nibble_server::router(served, options)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
     let result = runtime.block_on(async {

@@ -15,7 +15,7 @@ mod tests;
 use std::io;
 use std::path::Path;
 
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::{Environment, ErrorKind, Template, Value, context};
 use regex::Regex;
 use serde_json::{Map, Value as Json};
 
@@ -117,19 +117,27 @@ impl ChatTemplate {
         Ok(Self { environment, special_tokens })
     }
 
-    /// The text of a conversation.
-    ///
-    /// # Errors
-    /// When the template raises an error, needs something that the inputs do not have, or does not end.
-    pub fn render(&self, inputs: &ChatInputs) -> Result<String, ChatTemplateError> {
-        let with_tools = inputs.tools.is_some();
-        let template = with_tools
+    /// Whether `text` occurs in the source of the template that is used when there are tools.
+    pub fn mentions(&self, text: &str) -> bool {
+        self.template(true).is_ok_and(|template| template.source().contains(text))
+    }
+
+    fn template(&self, with_tools: bool) -> Result<Template<'_, '_>, ChatTemplateError> {
+        with_tools
             .then(|| self.environment.get_template(TOOL_USE).ok())
             .flatten()
             .map_or_else(|| self.environment.get_template(DEFAULT), Ok)
             .map_err(|_| ChatTemplateError {
                 message: format!("the model has no chat template named \"{DEFAULT}\""),
-            })?;
+            })
+    }
+
+    /// The text of a conversation.
+    ///
+    /// # Errors
+    /// When the template raises an error, needs something that the inputs do not have, or does not end.
+    pub fn render(&self, inputs: &ChatInputs) -> Result<String, ChatTemplateError> {
+        let template = self.template(inputs.tools.is_some())?;
         let given = context! {
             messages => inputs.messages,
             tools => inputs.tools,

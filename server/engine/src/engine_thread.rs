@@ -16,6 +16,10 @@ use crate::sampling::{SampledToken, Sampler, SamplingRow, TokenLogprobs};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::stats::EngineStats;
 
+/// Sequences whose constraints one thread evaluates in a step: a grammar takes some tens of microseconds, as much
+/// as starting a thread.
+const CONSTRAINED_SEQUENCES_PER_THREAD: usize = 16;
+
 /// Whether more requests may come.
 #[derive(Clone, Copy)]
 enum Admission {
@@ -104,7 +108,7 @@ impl EngineThread {
         let plan = self.scheduler.schedule(self.now());
         self.publish();
         let Some(plan) = plan else { return Ok(()) };
-        let logits = self.runner.execute(&plan.batch)?;
+        let logits = self.execute(&plan)?;
         check_logits(&logits, &plan.batch, self.shared.limits.vocabulary_size)?;
         // Those aborted meanwhile end with this step, without another token.
         self.take_commands();
@@ -114,6 +118,20 @@ impl EngineThread {
         self.scheduler.complete(output, &mut self.effects);
         self.send_effects();
         Ok(())
+    }
+
+    /// Computes the logits of `plan`. Meanwhile constraints say which tokens may come.
+    fn execute(&mut self, plan: &StepPlan) -> Result<Logits, StepError> {
+        let mut constrained = self.scheduler.constrained(plan);
+        if constrained.is_empty() {
+            return self.runner.execute(&plan.batch);
+        }
+        std::thread::scope(|scope| {
+            for sequences in constrained.chunks_mut(CONSTRAINED_SEQUENCES_PER_THREAD) {
+                scope.spawn(|| sequences.iter_mut().for_each(|sequence| sequence.constrain()));
+            }
+            self.runner.execute(&plan.batch)
+        })
     }
 
     /// Samples every logit row of `plan`; log probabilities go to `self.logprobs`.
@@ -155,7 +173,8 @@ impl EngineThread {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Submit(Submission { id, request, sink, submitted_at }) => {
+            Command::Submit(submission) => {
+                let Submission { id, request, sink, submitted_at } = *submission;
                 self.received += 1;
                 self.working_since.get_or_insert_with(Instant::now);
                 self.ledger.open(id, sink);

@@ -103,7 +103,7 @@ pub enum Health {
 
 /// What handles ask of the engine thread.
 pub(crate) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     Abort(RequestId),
     /// Finish what was accepted, abort what is left at the deadline, then stop.
     Drain {
@@ -199,7 +199,7 @@ impl EngineHandle {
             return Err(SubmitError::QueueFull { waiting, limit });
         }
         let id = RequestId(state.submitted);
-        let submission = Submission { id, request, sink, submitted_at: Instant::now() };
+        let submission = Box::new(Submission { id, request, sink, submitted_at: Instant::now() });
         // Sent under the lock: ids arrive in order, and none arrives after the engine closed the door.
         if self.commands.send(Command::Submit(submission)).is_err() {
             return Err(SubmitError::ShuttingDown);

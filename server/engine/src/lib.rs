@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod blocks;
+mod constraint;
 mod engine;
 mod engine_thread;
 mod handle;
@@ -18,6 +19,7 @@ mod scheduler;
 mod sequence;
 mod stats;
 
+pub use constraint::{ConstraintError, TokenConstraint, TokenMask};
 pub use engine::{Engine, EngineFailure, StartError};
 pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
 pub use model_runner::ModelRunner;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::constraint::TokenConstraint;
 use crate::sampling::{SamplingParameters, TokenLogprobs};
 
 /// Names one submitted request for the life of the engine; later requests have larger ids.
@@ -15,12 +16,14 @@ impl fmt::Display for RequestId {
 }
 
 /// One sequence to generate.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Token ids of the prompt, special tokens included; at least one.
     pub prompt: Vec<u32>,
     /// How to pick tokens and when to stop.
     pub sampling: SamplingParameters,
+    /// Restricts the completion, at its beginning.
+    pub constraint: Option<Box<dyn TokenConstraint>>,
 }
 
 /// Why a request ended without an error.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::blocks::{BlockId, BlockPool};
+use crate::constraint::{ConstraintError, TokenConstraint, TokenMask};
 use crate::request::{FinishReason, Request, RequestId};
 use crate::sampling::SamplingParameters;
 use crate::scheduler::StepId;
@@ -60,6 +61,9 @@ pub(crate) struct Sequence {
     prompt_tokens_counted: usize,
     /// Tokens that end it, sorted.
     stop_tokens: Vec<u32>,
+    constraint: Option<Box<dyn TokenConstraint>>,
+    /// What the constraint allows as the next token.
+    allowed: Option<Result<TokenMask, ConstraintError>>,
 }
 
 impl Sequence {
@@ -71,7 +75,7 @@ impl Sequence {
         seed: u64,
         submitted: Duration,
     ) -> Self {
-        let Request { prompt, sampling } = request;
+        let Request { prompt, sampling, constraint } = request;
         let mut stop_tokens = sampling.stop_token_ids.clone();
         if !sampling.ignore_eos {
             stop_tokens.extend_from_slice(eos_token_ids);
@@ -91,6 +95,8 @@ impl Sequence {
             prompt_tokens_counted: 0,
             tokens: prompt,
             stop_tokens,
+            constraint,
+            allowed: None,
         }
     }
 
@@ -112,6 +118,23 @@ impl Sequence {
     /// Tokens that end it, sorted.
     pub(crate) fn stop_tokens(&self) -> &[u32] {
         &self.stop_tokens
+    }
+
+    /// Whether a constraint restricts its tokens.
+    pub(crate) fn is_constrained(&self) -> bool {
+        self.constraint.is_some()
+    }
+
+    /// Asks the constraint what may follow the completion so far.
+    pub(crate) fn constrain(&mut self) {
+        if let Some(constraint) = &mut self.constraint {
+            self.allowed = Some(constraint.allowed_after(&self.tokens[self.prompt_tokens..]));
+        }
+    }
+
+    /// What the constraint allows, as of the last [`Sequence::constrain`]; `None` without a constraint.
+    pub(crate) fn allowed(&self) -> Option<&Result<TokenMask, ConstraintError>> {
+        self.allowed.as_ref()
     }
 
     /// Known tokens that must be computed before the next one can be sampled: 1 while decoding, more for a

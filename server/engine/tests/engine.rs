@@ -46,7 +46,7 @@ fn sampled(seed: u64) -> Request {
         ignore_eos: pick(11, 2) == 0,
         logprobs: [None, Some(3)][pick(12, 2) as usize],
     };
-    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling }
+    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling, constraint: None }
 }
 
 fn run_alone(request: Request, blocks: usize, config: EngineConfig) -> Completion {
@@ -134,6 +134,7 @@ fn seeds_that_requests_do_not_bring_follow_from_the_engine_s_seed() {
     let request = |seed| Request {
         prompt: vec![5, 6],
         sampling: SamplingParameters { seed, ignore_eos: true, ..Default::default() },
+        constraint: None,
     };
     let run = |seed| {
         let (_engine, handle) = start(runner(64), EngineConfig { seed, ..Default::default() });

@@ -84,7 +84,7 @@ fn request(seed: u64) -> Request {
         logprobs: Some(4),
         ..Default::default()
     };
-    Request { prompt, sampling }
+    Request { prompt, sampling, constraint: None }
 }
 
 /// Runs requests together on a new engine.

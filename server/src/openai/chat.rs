@@ -6,18 +6,22 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use nibble_model::tokenizer::Tokenizer;
+use uuid::Uuid;
 
 use super::error::ApiError;
 use super::fields::Fields;
 use super::types::chat::{
-    ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse,
+    ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, FunctionCall,
+    FunctionDelta, ToolCall, ToolCallDelta,
 };
 use super::types::common::Usage;
 use super::{blocking, logprobs};
 use crate::app::{AppState, seconds_since_1970};
 use crate::generation::{ChoiceEvent, CompletedChoice, Generation};
+use crate::metrics::Outcome;
 use crate::observe::RequestIdentity;
 use crate::stream::{Chunks, stream};
+use crate::tools::{CallDelta, Delta, ToolCallParser};
 use crate::validation::{Delivery, ValidRequest};
 
 /// Answers the last message of a conversation.
@@ -27,13 +31,14 @@ pub(crate) async fn chat_completions(
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let request = ChatRequest::try_from(fields)?;
-    let request = blocking(&state, move |state| ValidRequest::chat(&state.model, request)).await?;
+    let request = blocking(&state, move |state| ValidRequest::chat(state, request)).await?;
     let generation = Generation::start(&state, &request, identity.arrived_at)?;
     let answer = Answer {
         id: format!("chatcmpl-{}", identity.id),
         created: seconds_since_1970(),
         model: state.model.name.clone(),
         tokenizer: Arc::clone(&state.model.tokenizer),
+        parsers: request.tools().map(|tools| (0..generation.choices()).map(|_| tools.parser()).collect()),
     };
     match request.delivery() {
         Delivery::Stream { options } => Ok(stream(generation, answer, options, state.options.keep_alive)),
@@ -50,16 +55,24 @@ struct Answer {
     created: u64,
     model: String,
     tokenizer: Arc<Tokenizer>,
+    /// What finds the calls of tools in each choice, if there are tools.
+    parsers: Option<Vec<ToolCallParser>>,
 }
 
 impl Answer {
-    fn whole(self, choices: Vec<CompletedChoice>, usage: Usage) -> ChatResponse {
-        let choice = |(index, choice): (usize, CompletedChoice)| ChatChoice {
-            index,
-            logprobs: logprobs::chat(&self.tokenizer, &choice.tokens),
-            message: ChatMessage { role: "assistant", content: choice.text, refusal: None },
-            finish_reason: choice.finish.outcome.name(),
-            stop_reason: choice.finish.stop_reason,
+    fn whole(mut self, choices: Vec<CompletedChoice>, usage: Usage) -> ChatResponse {
+        let choice = |(index, choice): (usize, CompletedChoice)| {
+            let delta = self.parse(index, choice.text, true);
+            let tool_calls: Vec<ToolCall> =
+                delta.calls.into_iter().map(|(_, call)| tool_call(call)).collect();
+            let content = Some(delta.content).filter(|text| tool_calls.is_empty() || !text.is_empty());
+            ChatChoice {
+                index,
+                logprobs: logprobs::chat(&self.tokenizer, &choice.tokens),
+                message: ChatMessage { role: "assistant", content, refusal: None, tool_calls },
+                finish_reason: self.finish_reason(index, choice.finish.outcome),
+                stop_reason: choice.finish.stop_reason,
+            }
         };
         ChatResponse {
             choices: choices.into_iter().enumerate().map(choice).collect(),
@@ -68,6 +81,26 @@ impl Answer {
             created: self.created,
             model: self.model,
             usage,
+        }
+    }
+
+    /// Content and calls of the next text of a choice, and of what was kept back if it is the `last`.
+    fn parse(&mut self, choice: usize, text: String, last: bool) -> Delta {
+        let Some(parser) = self.parsers.as_mut().and_then(|parsers| parsers.get_mut(choice)) else {
+            return Delta { content: text, calls: Vec::new() };
+        };
+        let mut delta = parser.push(&text);
+        if last {
+            delta.content.push_str(&parser.finish().content);
+        }
+        delta
+    }
+
+    fn finish_reason(&self, choice: usize, outcome: Outcome) -> &'static str {
+        let parser = self.parsers.as_ref().and_then(|parsers| parsers.get(choice));
+        match outcome {
+            Outcome::Stop if parser.is_some_and(ToolCallParser::has_calls) => "tool_calls",
+            outcome => outcome.name(),
         }
     }
 
@@ -87,25 +120,53 @@ impl Chunks for Answer {
     type Chunk = ChatChunk;
 
     fn opening(&self, choice: usize) -> Option<ChatChunk> {
-        let delta = ChatDelta { role: Some("assistant"), content: Some(String::new()) };
+        let content = Some(String::new());
+        let delta = ChatDelta { role: Some("assistant"), content, ..ChatDelta::default() };
         let choice =
             ChatChunkChoice { index: choice, delta, logprobs: None, finish_reason: None, stop_reason: None };
         Some(self.chunk(vec![choice], None))
     }
 
-    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> ChatChunk {
-        let content = (!event.text.is_empty()).then_some(event.text);
+    fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<ChatChunk> {
+        let ChoiceEvent { choice: index, text, tokens, finish } = event;
+        let delta = self.parse(index, text, finish.is_some());
+        let logprobs = logprobs::chat(&self.tokenizer, &tokens);
+        if delta.is_empty() && logprobs.is_none() && finish.is_none() {
+            return None;
+        }
+        let content = (!delta.content.is_empty()).then_some(delta.content);
+        let tool_calls = delta.calls.into_iter().map(|(index, call)| tool_call_delta(index, call)).collect();
         let choice = ChatChunkChoice {
-            index: event.choice,
-            delta: ChatDelta { role: None, content },
-            logprobs: logprobs::chat(&self.tokenizer, &event.tokens),
-            finish_reason: event.finish.as_ref().map(|finish| finish.outcome.name()),
-            stop_reason: event.finish.and_then(|finish| finish.stop_reason),
+            index,
+            delta: ChatDelta { role: None, content, tool_calls },
+            logprobs,
+            finish_reason: finish.as_ref().map(|finish| self.finish_reason(index, finish.outcome)),
+            stop_reason: finish.and_then(|finish| finish.stop_reason),
         };
-        self.chunk(vec![choice], usage)
+        Some(self.chunk(vec![choice], usage))
     }
 
     fn usage(&self, usage: Usage) -> ChatChunk {
         self.chunk(Vec::new(), Some(usage))
     }
+}
+
+/// A whole call.
+fn tool_call(call: CallDelta) -> ToolCall {
+    let function = FunctionCall { name: call.name.unwrap_or_default(), arguments: call.arguments };
+    ToolCall { id: call_id(), r#type: "function", function }
+}
+
+fn tool_call_delta(index: usize, call: CallDelta) -> ToolCallDelta {
+    let begins = call.name.is_some();
+    ToolCallDelta {
+        index,
+        id: begins.then(call_id),
+        r#type: begins.then_some("function"),
+        function: FunctionDelta { name: call.name, arguments: call.arguments },
+    }
+}
+
+fn call_id() -> String {
+    format!("call_{}", Uuid::new_v4().simple())
 }

@@ -25,7 +25,7 @@ pub(crate) async fn completions(
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::try_from(fields)?;
-    let request = blocking(&state, move |state| ValidRequest::completion(&state.model, request)).await?;
+    let request = blocking(&state, move |state| ValidRequest::completion(state, request)).await?;
     let generation = Generation::start(&state, &request, identity.arrived_at)?;
     let answer = Answer {
         id: format!("cmpl-{}", identity.id),
@@ -90,9 +90,9 @@ impl Chunks for Answer {
         None
     }
 
-    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> CompletionResponse {
+    fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<CompletionResponse> {
         let choice = self.choice(event.choice, event.text, &event.tokens, event.finish);
-        self.response(vec![choice], usage)
+        Some(self.response(vec![choice], usage))
     }
 
     fn usage(&self, usage: Usage) -> CompletionResponse {

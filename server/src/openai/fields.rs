@@ -14,15 +14,8 @@ use super::error::ApiError;
 pub(crate) const BODY_LIMIT_BYTES: usize = 8 << 20;
 
 /// Fields that change nothing about the answer here: about the account, the bill or a cache.
-const WITHOUT_EFFECT: [&str; 7] = [
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
-];
+const WITHOUT_EFFECT: [&str; 6] =
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"];
 
 /// The fields of a JSON object that nobody has taken yet.
 #[derive(Debug)]
@@ -83,7 +76,6 @@ impl Fields {
 fn is_neutral(name: &str, value: &Value) -> Option<bool> {
     let empty = || value.as_array().is_some_and(Vec::is_empty);
     Some(match name {
-        "response_format" => value.get("type").is_some_and(|kind| kind == "text"),
         "tools" | "functions" | "bad_words" => empty(),
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         "suffix" => value == "",
@@ -104,7 +96,6 @@ fn is_neutral(name: &str, value: &Value) -> Option<bool> {
         | "prompt_embeds"
         | "prompt_logprobs"
         | "reasoning_effort"
-        | "structured_outputs"
         | "truncate_prompt_tokens"
         | "verbosity"
         | "chat_template"

@@ -1,12 +1,14 @@
 //! One token from one row of logits: a pure function of the row, the request and its history.
 //!
-//! The order is vLLM's: logit_bias; repetition, frequency and presence penalty; end-of-sequence and stop
-//! tokens masked before `min_tokens`; then at temperature 0 the largest logit, else division by the
+//! The order is vLLM's: tokens that the constraint does not allow masked; logit_bias; repetition, frequency and
+//! presence penalty; end-of-sequence and stop tokens masked before `min_tokens`, unless the constraint allows
+//! nothing else; then at temperature 0 the largest logit, else division by the
 //! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
 //! cumulative distribution in the order of token ids.
 
 use super::distribution::{Candidate, Distribution, Workspace};
 use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
+use crate::constraint::{ConstraintError, TokenMask};
 use crate::sequence::Sequence;
 
 /// What the token of one row depends on.
@@ -20,6 +22,8 @@ pub(crate) struct SamplingRow<'a> {
     pub(crate) completion: &'a [u32],
     /// Tokens that end the sequence.
     pub(crate) stop_tokens: &'a [u32],
+    /// The tokens that the request's constraint allows; all if it has none.
+    pub(crate) allowed: Option<&'a Result<TokenMask, ConstraintError>>,
 }
 
 impl<'a> SamplingRow<'a> {
@@ -32,6 +36,7 @@ impl<'a> SamplingRow<'a> {
             prompt: sequence.prompt(),
             completion: sequence.completion(),
             stop_tokens: sequence.stop_tokens(),
+            allowed: sequence.allowed(),
         }
     }
 }
@@ -45,8 +50,10 @@ pub(crate) struct SampledToken {
 }
 
 /// A row from which no token can be sampled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SamplingError {
+    #[error(transparent)]
+    Constraint(ConstraintError),
     #[error(
         "the model's logits are not finite, expected numbers; the weights or the KV cache may be damaged"
     )]
@@ -74,7 +81,8 @@ const IN_PROMPT: u32 = 1 << 31;
 impl Scratch {
     /// Samples the next token of `row`.
     pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<SampledToken, SamplingError> {
-        let adjusts = self.adjust(row);
+        let allowed = row.allowed.map(Result::as_ref).transpose();
+        let adjusts = self.adjust(row, allowed.map_err(|error| SamplingError::Constraint(error.clone()))?);
         let Self { adjusted, workspace, .. } = self;
         let values = if adjusts { adjusted } else { row.logits };
         let distribution = Distribution::new(values, row.parameters.temperature, workspace);
@@ -89,17 +97,22 @@ impl Scratch {
         Ok(SampledToken { token_id: token as u32, logprobs })
     }
 
-    /// Writes the logits with bias, penalties and mask to `adjusted`; false if there are none.
-    fn adjust(&mut self, row: &SamplingRow<'_>) -> bool {
+    /// Writes the logits with masks, bias and penalties to `adjusted`; false if there are none.
+    fn adjust(&mut self, row: &SamplingRow<'_>, allowed: Option<&TokenMask>) -> bool {
         let parameters = row.parameters;
-        let masks = row.completion.len() < parameters.min_tokens && !row.stop_tokens.is_empty();
+        let masks = row.completion.len() < parameters.min_tokens
+            && !row.stop_tokens.is_empty()
+            && allowed.is_none_or(|allowed| allowed.allows_others_than(row.stop_tokens));
         let repeats = parameters.repetition_penalty != 1.0;
         let counts = parameters.frequency_penalty != 0.0 || parameters.presence_penalty != 0.0;
-        if !masks && !repeats && !counts && parameters.logit_bias.is_empty() {
+        if allowed.is_none() && !masks && !repeats && !counts && parameters.logit_bias.is_empty() {
             return false;
         }
         self.adjusted.clear();
         self.adjusted.extend_from_slice(row.logits);
+        if let Some(allowed) = allowed {
+            allowed.apply(&mut self.adjusted);
+        }
         for &(token, bias) in &parameters.logit_bias {
             self.adjusted[token as usize] += bias;
         }

@@ -11,7 +11,15 @@ use super::{Sampler, SamplingParameters, random};
 const SEED: u64 = 11;
 
 fn row<'a>(logits: &'a [f32], parameters: &'a SamplingParameters) -> SamplingRow<'a> {
-    SamplingRow { logits, parameters, seed: SEED, prompt: &[], completion: &[], stop_tokens: &[] }
+    SamplingRow {
+        logits,
+        parameters,
+        seed: SEED,
+        prompt: &[],
+        completion: &[],
+        stop_tokens: &[],
+        allowed: None,
+    }
 }
 
 fn sample(row: &SamplingRow<'_>) -> usize {
@@ -141,6 +149,7 @@ proptest! {
             prompt: &prompt,
             completion: &completion,
             stop_tokens: &[3, 9],
+            allowed: None,
         };
         if let Some(expected) = expected(&row) {
             assert_eq!(sample(&row), expected);

@@ -256,6 +256,21 @@ impl Scheduler {
         &self.running
     }
 
+    /// The running sequences whose next token is sampled after `plan` and restricted by a constraint.
+    pub(crate) fn constrained(&mut self, plan: &StepPlan) -> Vec<&mut Sequence> {
+        let mut sampled =
+            plan.entries.iter().filter(|planned| planned.samples).map(|planned| planned.running);
+        let mut next = sampled.next();
+        let of_plan = self.running.iter_mut().enumerate().filter(|&(index, _)| {
+            let is_sampled = next == Some(index);
+            if is_sampled {
+                next = sampled.next();
+            }
+            is_sampled
+        });
+        of_plan.map(|(_, sequence)| sequence).filter(|sequence| sequence.is_constrained()).collect()
+    }
+
     /// Whether every request has ended.
     pub(crate) fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

@@ -133,7 +133,7 @@ impl World {
         let prompt = (0..prompt_tokens).map(|at| token(author(at), at + 1_000_000)).collect();
         let sampling =
             SamplingParameters { max_tokens, ignore_eos, stop_token_ids: vec![STOP], ..Default::default() };
-        self.scheduler.submit(id, Request { prompt, sampling }, Duration::ZERO);
+        self.scheduler.submit(id, Request { prompt, sampling, constraint: None }, Duration::ZERO);
         // The oldest request gets on with every step, and never has to start again: each one ahead delays
         // this one by at most its own tokens. One step may be in flight already.
         let ahead: usize = self.owners.values().map(|owner| owner.prompt_tokens + owner.max_tokens).sum();

@@ -31,7 +31,7 @@ fn submit(scheduler: &mut Scheduler, id: u64, prompt_tokens: usize, max_tokens: 
 
 fn submit_prompt(scheduler: &mut Scheduler, id: u64, prompt: Vec<u32>, max_tokens: usize) {
     let sampling = SamplingParameters { max_tokens, ..Default::default() };
-    scheduler.submit(RequestId(id), Request { prompt, sampling }, Duration::from_secs(id));
+    scheduler.submit(RequestId(id), Request { prompt, sampling, constraint: None }, Duration::from_secs(id));
 }
 
 fn schedule(scheduler: &mut Scheduler) -> StepPlan {

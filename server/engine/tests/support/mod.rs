@@ -88,7 +88,8 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
 
 /// A greedy request.
 pub(crate) fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request { prompt, sampling: SamplingParameters { max_tokens, temperature: 0.0, ..Default::default() } }
+    let sampling = SamplingParameters { max_tokens, temperature: 0.0, ..Default::default() };
+    Request { prompt, sampling, constraint: None }
 }
 
 /// A reproducible 64-bit number (SplitMix64 of the sum).

@@ -13,6 +13,10 @@ use crate::openai::fields::Fields;
 pub(crate) struct ChatRequest {
     pub(crate) generation: GenerationFields,
     pub(crate) messages: Vec<Map<String, Value>>,
+    /// As they are: the template gets them so.
+    pub(crate) tools: Vec<Value>,
+    pub(crate) tool_choice: Option<Value>,
+    pub(crate) parallel_tool_calls: bool,
     pub(crate) max_completion_tokens: Option<u32>,
     pub(crate) logprobs: bool,
     pub(crate) top_logprobs: Option<u32>,
@@ -29,6 +33,9 @@ impl TryFrom<Fields> for ChatRequest {
         const BOOLEAN: &str = "true or false";
         let request = Self {
             messages: fields.require("messages", "a list of messages")?,
+            tools: fields.take("tools", "a list of tools")?.unwrap_or_default(),
+            tool_choice: fields.take("tool_choice", "a choice")?,
+            parallel_tool_calls: fields.take("parallel_tool_calls", BOOLEAN)?.unwrap_or(true),
             max_completion_tokens: fields.take("max_completion_tokens", "an integer of at least 1")?,
             logprobs: fields.take("logprobs", BOOLEAN)?.unwrap_or(false),
             top_logprobs: fields.take("top_logprobs", "an integer of at least 0")?,
@@ -69,8 +76,27 @@ pub(crate) struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatMessage {
     pub(crate) role: &'static str,
-    pub(crate) content: String,
+    /// Absent when there are calls only.
+    pub(crate) content: Option<String>,
     pub(crate) refusal: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCall>,
+}
+
+/// A call of a tool.
+#[derive(Debug, Serialize)]
+pub(crate) struct ToolCall {
+    pub(crate) id: String,
+    pub(crate) r#type: &'static str,
+    pub(crate) function: FunctionCall,
+}
+
+/// What a tool is called with.
+#[derive(Debug, Serialize)]
+pub(crate) struct FunctionCall {
+    pub(crate) name: String,
+    /// JSON text, as the model wrote it.
+    pub(crate) arguments: String,
 }
 
 /// A part of a streamed chat completion.
@@ -103,6 +129,28 @@ pub(crate) struct ChatDelta {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCallDelta>,
+}
+
+/// What a chunk adds to a call.
+#[derive(Debug, Serialize)]
+pub(crate) struct ToolCallDelta {
+    pub(crate) index: usize,
+    /// In the first delta of a call, as the type and the name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) r#type: Option<&'static str>,
+    pub(crate) function: FunctionDelta,
+}
+
+/// What a chunk adds to a function's call.
+#[derive(Debug, Serialize)]
+pub(crate) struct FunctionDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 /// Log probabilities of the tokens of a message or a chunk.

@@ -4,3 +4,4 @@ pub(crate) mod chat;
 pub(crate) mod common;
 pub(crate) mod completions;
 pub(crate) mod sampling;
+pub(crate) mod structured;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::structured::StructuredOutput;
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
 
@@ -35,6 +36,8 @@ pub(crate) struct GenerationFields {
     pub(crate) include_stop_str_in_output: bool,
     pub(crate) ignore_eos: bool,
     pub(crate) skip_special_tokens: bool,
+    /// The form that the answer must have.
+    pub(crate) structured: Option<StructuredOutput>,
     pub(crate) stream: bool,
     pub(crate) stream_options: Option<StreamOptions>,
 }
@@ -85,6 +88,7 @@ impl GenerationFields {
             include_stop_str_in_output: fields.take("include_stop_str_in_output", BOOLEAN)?.unwrap_or(false),
             ignore_eos: fields.take("ignore_eos", BOOLEAN)?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens", BOOLEAN)?.unwrap_or(true),
+            structured: StructuredOutput::take(fields)?,
             stream: fields.take("stream", BOOLEAN)?.unwrap_or(false),
             stream_options: fields.take("stream_options", "an object with include_usage")?,
         })

@@ -1,0 +1,97 @@
+//! What a request may bring to restrict its tokens beyond its sampling parameters: a grammar, say.
+//!
+//! A constraint says which tokens may follow the completion so far. That is known before the step that computes
+//! the logits begins, so the engine asks while the device works.
+
+use std::fmt;
+
+/// Tokens that may come next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenMask {
+    words: Vec<u32>,
+}
+
+/// A constraint cannot say what may come next; the sequence fails with this message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the structured output cannot go on: {message}")]
+pub struct ConstraintError {
+    /// What is wrong.
+    pub message: String,
+}
+
+/// Restricts the tokens of one sequence.
+pub trait TokenConstraint: Send {
+    /// The tokens that may follow `completion`: all that was generated so far. From one call to the next it
+    /// grows at its end only; it may also stay the same, when the sequence was preempted in between. Must
+    /// depend on nothing else, and allow an end-of-sequence token where the completion may end.
+    ///
+    /// # Errors
+    /// When `completion` is not one that the constraint allows, or the work exceeds its budget.
+    fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError>;
+
+    /// The same constraint for another sequence, independent of this one.
+    fn boxed_clone(&self) -> Box<dyn TokenConstraint>;
+}
+
+impl Clone for Box<dyn TokenConstraint> {
+    fn clone(&self) -> Self {
+        self.boxed_clone()
+    }
+}
+
+impl fmt::Debug for dyn TokenConstraint {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("TokenConstraint")
+    }
+}
+
+impl TokenMask {
+    /// A mask of bits: bit `i % 32` of word `i / 32` says whether token `i` may come. Tokens beyond the last
+    /// word may not.
+    pub fn from_words(words: Vec<u32>) -> Self {
+        Self { words }
+    }
+
+    /// Whether `token_id` may come next.
+    pub fn allows(&self, token_id: u32) -> bool {
+        let word = self.words.get(token_id as usize / u32::BITS as usize);
+        word.is_some_and(|word| word >> (token_id % u32::BITS) & 1 == 1)
+    }
+
+    /// Whether a token may come next that is none of `tokens`.
+    pub(crate) fn allows_others_than(&self, tokens: &[u32]) -> bool {
+        let allowed: usize = self.words.iter().map(|word| word.count_ones() as usize).sum();
+        allowed > tokens.iter().filter(|&&token| self.allows(token)).count()
+    }
+
+    /// Makes the logits of tokens that may not come minus infinity.
+    pub(crate) fn apply(&self, logits: &mut [f32]) {
+        for (logits, word) in
+            logits.chunks_mut(u32::BITS as usize).zip(self.words.iter().chain(std::iter::repeat(&0)))
+        {
+            if *word != u32::MAX {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    if word >> bit & 1 == 0 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_keeps_the_tokens_of_its_bits_and_none_beyond() {
+        let mask = TokenMask::from_words(vec![0b101, 1 << 31]);
+        let mut logits = vec![1.0; 100];
+        mask.apply(&mut logits);
+        let kept: Vec<usize> = (0..100).filter(|&token| logits[token] == 1.0).collect();
+        assert_eq!(kept, [0, 2, 63]);
+        assert!((0..200).all(|token| mask.allows(token) == kept.contains(&(token as usize))));
+        assert!(mask.allows_others_than(&[0, 2]) && !mask.allows_others_than(&[0, 2, 63]));
+    }
+}

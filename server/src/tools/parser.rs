@@ -1,0 +1,208 @@
+//! Tool calls in the text of a model: one state machine for streamed answers and whole ones.
+//!
+//! It takes the text in pieces of any size and says what of it is content and what belongs to calls. What may yet
+//! become a call is kept back, and comes out as content when it does not: a `<tool_call>` with something else than a
+//! call in it, or an object that has other keys. White space around calls is no content.
+
+use super::ToolCallFormat;
+use super::call::{CallDelta, CallReader, Progress};
+
+/// Reads the text of one answer.
+#[derive(Debug)]
+pub(crate) struct ToolCallParser {
+    format: ToolCallFormat,
+    /// Names of the functions that there are.
+    functions: Vec<String>,
+    /// Whether calls after the first one count.
+    parallel: bool,
+    state: State,
+    /// White space and the beginning of a tag, kept back; in a call whose name is not known, all of it.
+    held: String,
+    /// Calls so far.
+    calls: usize,
+    has_content: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Content, or what comes before it.
+    Text,
+    Call(CallReader),
+    /// After the object of a call: up to the closing tag, if the format has one.
+    AfterCall,
+}
+
+/// What a piece of text brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Delta {
+    /// Text that follows the content before.
+    pub(crate) content: String,
+    /// What calls have got, by their index; ascending.
+    pub(crate) calls: Vec<(usize, CallDelta)>,
+}
+
+impl Delta {
+    /// Whether it brings nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.content.is_empty() && self.calls.is_empty()
+    }
+}
+
+impl ToolCallParser {
+    /// A parser at the beginning of an answer to a request with these `functions`. Without `parallel`, calls after
+    /// the first are dropped.
+    pub(crate) fn new(format: ToolCallFormat, functions: Vec<String>, parallel: bool) -> Self {
+        Self {
+            format,
+            functions,
+            parallel,
+            state: State::Text,
+            held: String::new(),
+            calls: 0,
+            has_content: false,
+        }
+    }
+
+    /// Whether the answer calls a tool.
+    pub(crate) fn has_calls(&self) -> bool {
+        self.calls > 0
+    }
+
+    /// Takes the next piece of the text.
+    pub(crate) fn push(&mut self, piece: &str) -> Delta {
+        let mut delta = Delta::default();
+        piece.chars().for_each(|character| self.take(character, &mut delta));
+        delta
+    }
+
+    /// Ends the text. What was kept back is content; a call whose name is known stays one, even if it is cut.
+    pub(crate) fn finish(&mut self) -> Delta {
+        let mut delta = Delta::default();
+        let is_content = match &self.state {
+            State::Text => !self.has_calls() || !self.held.trim().is_empty(),
+            State::Call(call) => !call.name_is_known(),
+            State::AfterCall => false,
+        };
+        if is_content {
+            delta.content = std::mem::take(&mut self.held);
+        }
+        self.held.clear();
+        delta
+    }
+
+    fn take(&mut self, character: char, delta: &mut Delta) {
+        match &self.state {
+            State::Text => self.take_text(character, delta),
+            State::Call(_) => self.take_call(character, delta),
+            State::AfterCall => self.take_after_call(character, delta),
+        }
+    }
+
+    /// Content: `held` is white space, then the beginning of an opening tag.
+    fn take_text(&mut self, character: char, delta: &mut Delta) {
+        let opening = self.format.opening_tag();
+        let begun = self.held.trim_start();
+        if opening[begun.len()..].starts_with(character) {
+            self.held.push(character);
+            if self.held.trim_start() == opening {
+                self.state = State::Call(CallReader::new());
+            }
+        } else if begun.is_empty() && character.is_whitespace() {
+            self.held.push(character);
+        } else if begun.is_empty()
+            && character == '{'
+            && !self.has_content
+            && self.format.may_lack_opening_tag()
+        {
+            self.state = State::Call(CallReader::new());
+            self.take_call(character, delta);
+        } else if begun.is_empty() {
+            self.held.push(character);
+            self.release(delta);
+        } else {
+            // No tag after all. Only the first character of a tag is "<": another one begins now or never.
+            self.release(delta);
+            self.take_text(character, delta);
+        }
+    }
+
+    fn take_call(&mut self, character: char, delta: &mut Delta) {
+        let State::Call(call) = &mut self.state else { return };
+        let was_known = call.name_is_known();
+        if !was_known {
+            self.held.push(character);
+        }
+        let mut brought = CallDelta::default();
+        let mut progress = call.push(character, &mut brought);
+        if let Some(name) = &brought.name
+            && self.format.closing_tag().is_none()
+            && !self.functions.contains(name)
+        {
+            brought = CallDelta::default();
+            progress = Progress::Malformed;
+        } else if call.name_is_known() && !was_known {
+            self.calls += 1;
+            self.held.clear();
+        }
+        match progress {
+            Progress::Inside => {}
+            Progress::Malformed if self.held.is_empty() => self.state = State::AfterCall,
+            Progress::Malformed => {
+                self.state = State::Text;
+                self.release(delta);
+            }
+            Progress::Ended => self.state = State::AfterCall,
+        }
+        self.report(brought, delta);
+        // A character that ends a call by being out of place may begin the closing tag.
+        if progress == Progress::Malformed && matches!(self.state, State::AfterCall) {
+            self.take_after_call(character, delta);
+        }
+    }
+
+    /// Adds what a call has got to `delta`.
+    fn report(&self, brought: CallDelta, delta: &mut Delta) {
+        if brought == CallDelta::default() || (self.calls > 1 && !self.parallel) {
+            return;
+        }
+        let index = self.calls - 1;
+        match delta.calls.last_mut() {
+            Some((last, call)) if *last == index => call.arguments.push_str(&brought.arguments),
+            _ => delta.calls.push((index, brought)),
+        }
+    }
+
+    /// After the object of a call. With tags everything up to the closing one is dropped.
+    fn take_after_call(&mut self, character: char, delta: &mut Delta) {
+        let Some(closing) = self.format.closing_tag() else {
+            if character == ';' || character.is_whitespace() {
+                return;
+            }
+            self.state = if character == '{' { State::Call(CallReader::new()) } else { State::Text };
+            return self.take(character, delta);
+        };
+        self.held.push(character);
+        for (tag, next) in
+            [(closing, State::Text), (self.format.opening_tag(), State::Call(CallReader::new()))]
+        {
+            if self.held.ends_with(tag) {
+                self.held = if let State::Call(_) = next { tag.to_owned() } else { String::new() };
+                self.state = next;
+                return;
+            }
+        }
+        // Only as much as may be the beginning of a tag.
+        if let Some(start) = self.held.rfind('<').filter(|_| self.held.len() <= 2 * closing.len()) {
+            self.held.drain(..start);
+        } else {
+            self.held.clear();
+        }
+    }
+
+    /// What was kept back is content.
+    fn release(&mut self, delta: &mut Delta) {
+        self.has_content |= !self.held.trim().is_empty();
+        delta.content.push_str(&self.held);
+        self.held.clear();
+    }
+}
