@@ -1,1 +1,170 @@
+use nibble_engine::TokenMask;
+use nibble_model::config::ModelConfig;
+use serde_json::Value;
 
+use super::*;
+
+/// Tokens of several bytes, after those of one.
+const WORDS: [&str; 9] = ["{\"", "\":", "true", "null", "  ", "\"}", "ab", "12", "}\n"];
+const END: u32 = 300;
+/// The model has logits for more tokens than the tokenizer.
+const VOCABULARY: usize = 320;
+
+/// A tokenizer of bytes and some words.
+fn tokenizer() -> Tokenizer {
+    let directory = tempfile::tempdir().unwrap();
+    let mut moved = 0x100;
+    let mut characters = Vec::new();
+    for byte in 0..=u8::MAX {
+        characters.push(match byte {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+            _ => {
+                moved += 1;
+                char::from_u32(moved - 1).unwrap()
+            }
+        });
+    }
+    let spell = |text: &str| -> String { text.bytes().map(|byte| characters[byte as usize]).collect() };
+    let bytes = characters.iter().enumerate().map(|(byte, character)| (character.to_string(), byte.into()));
+    let words = WORDS.iter().enumerate().map(|(index, word)| (spell(word), (256 + index).into()));
+    let vocabulary: serde_json::Map<String, Value> = bytes.chain(words).collect();
+    let end = json!({
+        "id": END, "content": "<|end|>", "special": true,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+    });
+    let tokenizer = json!({
+        "added_tokens": [end],
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    });
+    let config = json!({
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 64, "torch_dtype": "float32",
+    });
+    for (name, value) in [("tokenizer.json", tokenizer), ("config.json", config)] {
+        std::fs::write(directory.path().join(name), value.to_string()).unwrap();
+    }
+    let config = ModelConfig::from_file(&directory.path().join("config.json")).unwrap();
+    Tokenizer::open(directory.path(), &config).unwrap()
+}
+
+fn grammars() -> Grammars {
+    Grammars::new(Arc::new(tokenizer()), VOCABULARY, vec![END])
+}
+
+fn allowed(mask: &TokenMask) -> Vec<u32> {
+    (0..VOCABULARY as u32 + 64).filter(|&token| mask.allows(token)).collect()
+}
+
+/// A text of the grammar, of tokens chosen at random among those allowed; `None` if it does not end.
+fn random_text(grammars: &Grammars, constraint: &dyn TokenConstraint, seed: u64) -> Option<String> {
+    let mut constraint = constraint.boxed_clone();
+    let mut state = seed;
+    let mut tokens = Vec::new();
+    for _ in 0..400 {
+        let choices = allowed(&constraint.allowed_after(&tokens).unwrap());
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let token = choices[(state >> 33) as usize % choices.len()];
+        if token == END {
+            return Some(grammars.tokenizer.decode(&tokens, false).unwrap());
+        }
+        tokens.push(token);
+    }
+    None
+}
+
+/// Texts of a grammar, at least some.
+fn texts(grammar: Grammar) -> Vec<String> {
+    let grammars = grammars();
+    let constraint = grammars.compile(grammar).unwrap();
+    let texts: Vec<String> = (0..60).filter_map(|seed| random_text(&grammars, &*constraint, seed)).collect();
+    assert!(texts.len() > 10, "most texts end: {}", texts.len());
+    texts
+}
+
+#[test]
+fn whatever_is_sampled_satisfies_the_schema() {
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "on": {"type": "boolean"},
+            "level": {"type": "integer", "minimum": -3, "maximum": 12},
+            "tags": {"type": "array", "items": {"enum": ["a", "ab"]}, "maxItems": 3},
+            "inner": {"$ref": "#/$defs/inner"},
+        },
+        "required": ["on", "level", "inner"],
+        "additionalProperties": false,
+        "$defs": {"inner": {"type": "object", "properties": {"x": {"type": "null"}}, "required": ["x"], "additionalProperties": false}},
+    });
+    for text in texts(Grammar::JsonSchema(schema)) {
+        let value: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{text:?}: {error}"));
+        assert!(
+            value["on"].is_boolean() && (-3.0..=12.0).contains(&value["level"].as_f64().unwrap()),
+            "{text}"
+        );
+        assert_eq!(value["inner"], json!({"x": null}));
+        let tags = value.get("tags").map_or(&[][..], |tags| tags.as_array().unwrap());
+        assert!(tags.len() <= 3 && tags.iter().all(|tag| tag == "a" || tag == "ab"), "{text}");
+        assert!(!text.contains(&" ".repeat(33)), "white space ends: {text:?}");
+    }
+}
+
+#[test]
+fn choices_regular_expressions_and_lark_are_followed() {
+    let choices = ["yes", "no", "say \"ab\"\n", "yes!"].map(str::to_owned);
+    assert!(texts(Grammar::Choice(choices.to_vec())).iter().all(|text| choices.contains(text)));
+    for text in texts(Grammar::Regex("[a-c]{2}-(12|7)+".to_owned())) {
+        let (letters, digits) = text.split_once('-').unwrap();
+        assert!(
+            letters.len() == 2 && letters.bytes().all(|letter| (b'a'..=b'c').contains(&letter)),
+            "{text}"
+        );
+        assert!(!digits.is_empty() && digits.replace("12", "").replace('7', "").is_empty(), "{text}");
+    }
+    for text in texts(Grammar::Lark("start: \"(\" start \")\" | \"x\"".to_owned())) {
+        let depth = text.len() / 2;
+        assert_eq!(text, format!("{}x{}", "(".repeat(depth), ")".repeat(depth)));
+    }
+}
+
+#[test]
+fn the_end_is_allowed_where_the_text_may_end_and_alone_where_it_must() {
+    let grammars = grammars();
+    let mut constraint = grammars.compile(Grammar::Regex("a(ab)?".to_owned())).unwrap();
+    let (a, b, ab) = (u32::from(b'a'), u32::from(b'b'), 256 + 6);
+    assert_eq!(allowed(&constraint.allowed_after(&[]).unwrap()), [a]);
+    assert_eq!(allowed(&constraint.allowed_after(&[a]).unwrap()), [a, ab, END]);
+    // A copy goes on where this one is, on its own. Asked twice, it says the same.
+    let mut other = constraint.boxed_clone();
+    assert_eq!(allowed(&constraint.allowed_after(&[a, a]).unwrap()), [b]);
+    for _ in 0..2 {
+        assert_eq!(allowed(&other.allowed_after(&[a, ab]).unwrap()), [END]);
+    }
+    assert!(constraint.allowed_after(&[a, a, a]).is_err());
+}
+
+#[test]
+fn grammars_that_cannot_be_followed_are_refused() {
+    let grammars = grammars();
+    for (grammar, word) in [
+        (Grammar::JsonSchema(json!({"type": "thing"})), "type"),
+        (Grammar::JsonSchema(json!({"$ref": "#/$defs/missing"})), "missing"),
+        (Grammar::JsonSchema(json!({"$ref": "https://example.com/schema.json"})), "example.com"),
+        (Grammar::JsonSchema(json!({"type": "integer", "minimum": 5, "maximum": 3})), ""),
+        (Grammar::JsonSchema(json!(5)), ""),
+        (Grammar::JsonSchema(json!(false)), ""),
+        (Grammar::Regex("(".to_owned()), ""),
+        (Grammar::Regex("(a{1000}){1000}{1000}".to_owned()), ""),
+        (Grammar::Regex("a".repeat(MAXIMUM_GRAMMAR_BYTES + 1)), "bytes"),
+        (Grammar::Lark("start: missing".to_owned()), "missing"),
+        (Grammar::Lark(String::new()), ""),
+        (Grammar::JsonSchema(json!({"type": "string", "maxLength": u64::MAX})), ""),
+    ] {
+        let started = std::time::Instant::now();
+        match grammars.compile(grammar.clone()) {
+            Ok(_) => panic!("{grammar:?} compiles"),
+            Err(error) => assert!(error.message.contains(word) && !error.message.is_empty(), "{error}"),
+        }
+        assert!(started.elapsed() < std::time::Duration::from_secs(10), "{grammar:?}");
+    }
+}

@@ -24,7 +24,8 @@ const MAXIMUM_NAME: usize = 64;
 /// How a model writes the calls of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToolCallFormat {
-    /// `<tool_call>{"name": "f", "arguments": {...}}</tool_call>` among text: Qwen, Hermes and many others.
+    /// `<tool_call>{"name": "f", "arguments": {...}}</tool_call>` among text: Qwen, Hermes and many others. Small
+    /// models forget the tags: an answer that is such an object, with the name of a tool, is a call too.
     Hermes,
     /// `{"name": "f", "parameters": {...}}` instead of text, after `<|python_tag|>` or nothing; several are
     /// separated by `;`: Llama 3.
@@ -55,11 +56,6 @@ impl ToolCallFormat {
             Self::Hermes => Some("</tool_call>"),
             Self::Llama3Json => None,
         }
-    }
-
-    /// Whether an answer may be a call without any tag.
-    fn may_lack_opening_tag(self) -> bool {
-        self == Self::Llama3Json
     }
 
     /// The rule of a call in a Lark grammar, as the model was trained to write it.

@@ -27,9 +27,10 @@ pub(crate) struct ToolCallParser {
 enum State {
     /// Content, or what comes before it.
     Text,
-    Call(CallReader),
-    /// After the object of a call: up to the closing tag, if the format has one.
-    AfterCall,
+    /// In a call, after an opening tag or without one.
+    Call { call: CallReader, tagged: bool },
+    /// After the object of a call: up to the closing tag, if there must be one.
+    AfterCall { closing: Option<&'static str> },
 }
 
 /// What a piece of text brought.
@@ -80,8 +81,8 @@ impl ToolCallParser {
         let mut delta = Delta::default();
         let is_content = match &self.state {
             State::Text => !self.has_calls() || !self.held.trim().is_empty(),
-            State::Call(call) => !call.name_is_known(),
-            State::AfterCall => false,
+            State::Call { call, .. } => !call.name_is_known(),
+            State::AfterCall { .. } => false,
         };
         if is_content {
             delta.content = std::mem::take(&mut self.held);
@@ -93,8 +94,9 @@ impl ToolCallParser {
     fn take(&mut self, character: char, delta: &mut Delta) {
         match &self.state {
             State::Text => self.take_text(character, delta),
-            State::Call(_) => self.take_call(character, delta),
-            State::AfterCall => self.take_after_call(character, delta),
+            State::Call { .. } => self.take_call(character, delta),
+            State::AfterCall { closing: Some(closing) } => self.take_until(closing, character),
+            State::AfterCall { closing: None } => self.take_between(character, delta),
         }
     }
 
@@ -105,16 +107,12 @@ impl ToolCallParser {
         if opening[begun.len()..].starts_with(character) {
             self.held.push(character);
             if self.held.trim_start() == opening {
-                self.state = State::Call(CallReader::new());
+                self.state = State::Call { call: CallReader::new(), tagged: true };
             }
         } else if begun.is_empty() && character.is_whitespace() {
             self.held.push(character);
-        } else if begun.is_empty()
-            && character == '{'
-            && !self.has_content
-            && self.format.may_lack_opening_tag()
-        {
-            self.state = State::Call(CallReader::new());
+        } else if begun.is_empty() && character == '{' && !self.has_content {
+            self.state = State::Call { call: CallReader::new(), tagged: false };
             self.take_call(character, delta);
         } else if begun.is_empty() {
             self.held.push(character);
@@ -127,36 +125,35 @@ impl ToolCallParser {
     }
 
     fn take_call(&mut self, character: char, delta: &mut Delta) {
-        let State::Call(call) = &mut self.state else { return };
+        let State::Call { call, tagged } = &mut self.state else { return };
+        let closing = if *tagged { self.format.closing_tag() } else { None };
         let was_known = call.name_is_known();
         if !was_known {
             self.held.push(character);
         }
         let mut brought = CallDelta::default();
         let mut progress = call.push(character, &mut brought);
-        if let Some(name) = &brought.name
-            && self.format.closing_tag().is_none()
-            && !self.functions.contains(name)
-        {
+        // Without tags around it, an object with a name may be any answer.
+        if brought.name.as_ref().is_some_and(|name| closing.is_none() && !self.functions.contains(name)) {
             brought = CallDelta::default();
             progress = Progress::Malformed;
         } else if call.name_is_known() && !was_known {
             self.calls += 1;
             self.held.clear();
         }
+        self.report(brought, delta);
         match progress {
             Progress::Inside => {}
-            Progress::Malformed if self.held.is_empty() => self.state = State::AfterCall,
+            Progress::Ended => self.state = State::AfterCall { closing },
+            Progress::Malformed if self.held.is_empty() => {
+                // The character may begin the closing tag.
+                self.state = State::AfterCall { closing };
+                self.take(character, delta);
+            }
             Progress::Malformed => {
                 self.state = State::Text;
                 self.release(delta);
             }
-            Progress::Ended => self.state = State::AfterCall,
-        }
-        self.report(brought, delta);
-        // A character that ends a call by being out of place may begin the closing tag.
-        if progress == Progress::Malformed && matches!(self.state, State::AfterCall) {
-            self.take_after_call(character, delta);
         }
     }
 
@@ -172,30 +169,31 @@ impl ToolCallParser {
         }
     }
 
-    /// After the object of a call. With tags everything up to the closing one is dropped.
-    fn take_after_call(&mut self, character: char, delta: &mut Delta) {
-        let Some(closing) = self.format.closing_tag() else {
-            if character == ';' || character.is_whitespace() {
-                return;
+    /// After a call without a closing tag: another call, or content.
+    fn take_between(&mut self, character: char, delta: &mut Delta) {
+        if character != ';' && !character.is_whitespace() {
+            self.state = State::Text;
+            if character == '{' {
+                self.state = State::Call { call: CallReader::new(), tagged: false };
             }
-            self.state = if character == '{' { State::Call(CallReader::new()) } else { State::Text };
-            return self.take(character, delta);
-        };
-        self.held.push(character);
-        for (tag, next) in
-            [(closing, State::Text), (self.format.opening_tag(), State::Call(CallReader::new()))]
-        {
-            if self.held.ends_with(tag) {
-                self.held = if let State::Call(_) = next { tag.to_owned() } else { String::new() };
-                self.state = next;
-                return;
-            }
+            self.take(character, delta);
         }
-        // Only as much as may be the beginning of a tag.
-        if let Some(start) = self.held.rfind('<').filter(|_| self.held.len() <= 2 * closing.len()) {
-            self.held.drain(..start);
-        } else {
+    }
+
+    /// Drops everything up to a closing tag, or to an opening one, where the closing one was forgotten.
+    fn take_until(&mut self, closing: &'static str, character: char) {
+        let opening = self.format.opening_tag();
+        self.held.push(character);
+        if self.held.ends_with(closing) {
             self.held.clear();
+            self.state = State::Text;
+        } else if self.held.ends_with(opening) {
+            self.held = opening.to_owned();
+            self.state = State::Call { call: CallReader::new(), tagged: true };
+        } else {
+            // What may be the beginning of a tag stays.
+            let start = self.held.rfind('<').filter(|start| self.held.len() - start < closing.len());
+            self.held.drain(..start.unwrap_or(self.held.len()));
         }
     }
 
