@@ -5,8 +5,9 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nibble_engine::{
-    Engine, EngineConfig, EngineHandle, EventSink, FinishReason, Health, Request, RequestEvent,
-    SamplingParameters, SinkState, StartError, StepRunner, SubmitError,
+    ConstraintError, Engine, EngineConfig, EngineHandle, EventSink, FinishReason, Health, Request,
+    RequestEvent, SamplingParameters, SinkState, StartError, StepRunner, SubmitError, TokenConstraint,
+    TokenMask,
 };
 use support::{Completion, Fault, ScriptedRunner, Stream, eventually, expected_greedy, gated, greedy, mix};
 
@@ -25,6 +26,84 @@ fn runner(blocks: usize) -> ScriptedRunner {
 
 fn prompt(length: usize, seed: u64) -> Vec<u32> {
     (0..length as u64).map(|at| (mix(seed, at) % VOCABULARY as u64) as u32).collect()
+}
+
+/// Allows even tokens and odd tokens in turns, and an end of sequence after an even number of tokens.
+#[derive(Clone, Default)]
+struct Alternating {
+    seen: Vec<u32>,
+}
+
+impl TokenConstraint for Alternating {
+    fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError> {
+        assert!(completion.starts_with(&self.seen), "a completion grows at its end only");
+        self.seen = completion.to_vec();
+        let odd = completion.len() % 2 == 1;
+        let is_allowed = |token: u32| if EOS.contains(&token) { !odd } else { (token % 2 == 1) == odd };
+        let word = (0..u32::BITS).filter(|&token| is_allowed(token)).map(|token| 1 << token).sum();
+        Ok(TokenMask::from_words(vec![word]))
+    }
+
+    fn boxed_clone(&self) -> Box<dyn TokenConstraint> {
+        Box::new(self.clone())
+    }
+}
+
+/// Allows nothing, after the first token.
+#[derive(Clone)]
+struct Broken;
+
+impl TokenConstraint for Broken {
+    fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError> {
+        match completion {
+            [] => Ok(TokenMask::from_words(vec![1 << 7])),
+            _ => Err(ConstraintError { message: "it is broken".to_owned() }),
+        }
+    }
+
+    fn boxed_clone(&self) -> Box<dyn TokenConstraint> {
+        Box::new(self.clone())
+    }
+}
+
+#[test]
+fn a_constraint_holds_for_every_token_and_logprobs_do_not_know_of_it() {
+    let free = Request {
+        sampling: SamplingParameters { logprobs: Some(0), ..greedy(vec![5], 20).sampling },
+        ..greedy(vec![5], 20)
+    };
+    let constrained = Request { constraint: Some(Box::new(Alternating::default())), ..free.clone() };
+    let completion = run_alone(constrained, 64, EngineConfig::default());
+    assert!(!completion.token_ids.is_empty());
+    for (at, token) in completion.token_ids.iter().enumerate() {
+        assert_eq!(*token as usize % 2, at % 2, "{:?}", completion.token_ids);
+        assert!((*token as usize) < u32::BITS as usize);
+    }
+    // The first token's place is the same with and without: so is the sum of the model's probabilities there.
+    let all = |request: Request| Request {
+        sampling: SamplingParameters { logprobs: Some(VOCABULARY), ..request.sampling },
+        ..request
+    };
+    let first =
+        |request: Request| match run_alone(all(request), 64, EngineConfig::default()).logprobs.swap_remove(0)
+        {
+            Some(logprobs) => logprobs.top,
+            None => panic!("log probabilities were asked for"),
+        };
+    let constrained = Request { constraint: Some(Box::new(Alternating::default())), ..free.clone() };
+    assert_eq!(first(constrained), first(free));
+}
+
+#[test]
+fn a_constraint_that_cannot_go_on_fails_its_request_alone() {
+    let (_engine, handle) = start(runner(64), EngineConfig::default());
+    let neighbour = Stream::submit(&handle, greedy(vec![1, 2], 10)).expect("accepted");
+    let broken = Request { constraint: Some(Box::new(Broken)), ..greedy(vec![5], 20) };
+    let completion = Stream::submit(&handle, broken).expect("accepted").finish();
+    assert_eq!(completion.token_ids, [7]);
+    let message = "the structured output cannot go on: it is broken".to_owned();
+    assert_eq!(completion.end, RequestEvent::Failed { message });
+    assert_eq!(neighbour.finish(), run_alone(greedy(vec![1, 2], 10), 64, EngineConfig::default()));
 }
 
 /// A request with everything that sampling offers, chosen by `seed`.
@@ -46,7 +125,11 @@ fn sampled(seed: u64) -> Request {
         ignore_eos: pick(11, 2) == 0,
         logprobs: [None, Some(3)][pick(12, 2) as usize],
     };
-    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling, constraint: None }
+    let constraint: Option<Box<dyn TokenConstraint>> = match pick(14, 3) {
+        0 => Some(Box::new(Alternating::default())),
+        _ => None,
+    };
+    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling, constraint }
 }
 
 fn run_alone(request: Request, blocks: usize, config: EngineConfig) -> Completion {

@@ -18,6 +18,8 @@ use crate::openai::error::ApiError;
 
 /// Most tools of a request, as OpenAI has it.
 const MAXIMUM_TOOLS: usize = 128;
+/// Most calls of an answer that must call a tool: models that do not know when to stop end here.
+const MAXIMUM_CALLS: usize = 16;
 /// Most characters of a function's name, as OpenAI has it.
 const MAXIMUM_NAME: usize = 64;
 
@@ -188,7 +190,7 @@ impl Tools {
         };
         let separator = lark_string(self.format.separator());
         lark.push_str(&if several {
-            format!("calls: call ({separator} call)*\n")
+            format!("calls: call ({separator} call){{0,{}}}\n", MAXIMUM_CALLS - 1)
         } else {
             "calls: call\n".to_owned()
         });

@@ -76,14 +76,11 @@ impl ToolCallParser {
         delta
     }
 
-    /// Ends the text. What was kept back is content; a call whose name is known stays one, even if it is cut.
+    /// Ends the text. What was kept back is content, unless calls came before: then it is one more that was cut.
+    /// A call whose name is known stays one, even if it is cut.
     pub(crate) fn finish(&mut self) -> Delta {
         let mut delta = Delta::default();
-        let is_content = match &self.state {
-            State::Text => !self.has_calls() || !self.held.trim().is_empty(),
-            State::Call { call, .. } => !call.name_is_known(),
-            State::AfterCall { .. } => false,
-        };
+        let is_content = !self.has_calls() && !matches!(self.state, State::AfterCall { .. });
         if is_content {
             delta.content = std::mem::take(&mut self.held);
         }

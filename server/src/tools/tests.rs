@@ -104,6 +104,7 @@ fn a_call_that_is_cut_keeps_what_it_has() {
         &[("f", "{\"a\": \"<")],
     );
     check(ToolCallFormat::Hermes, "<tool_call>{\"name\": \"f\"", "", &[("f", "")]);
+    check(ToolCallFormat::Hermes, &format!("{CALL}\n<tool_call>\n{{\"na"), "", &[("f", ARGUMENTS)]);
     check(
         ToolCallFormat::Hermes,
         "<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1</tool_call>!",

@@ -11,7 +11,7 @@ use crate::support::{CHAT, COMPLETIONS, Server};
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 static SERVER: LazyLock<Server> = LazyLock::new(Server::new);
 
-const FIELDS: [&str; 40] = [
+const FIELDS: [&str; 42] = [
     "model",
     "messages",
     "prompt",
@@ -43,7 +43,9 @@ const FIELDS: [&str; 40] = [
     "chat_template_kwargs",
     "tools",
     "tool_choice",
+    "parallel_tool_calls",
     "response_format",
+    "structured_outputs",
     "suffix",
     "best_of",
     "modalities",
@@ -81,6 +83,12 @@ fn value() -> impl Strategy<Value = Value> {
         "97",
         "x",
         "tool_calls",
+        "json",
+        "regex",
+        "choice",
+        "grammar",
+        "function",
+        "name",
     ]);
     let leaf = prop_oneof![
         Just(Value::Null),

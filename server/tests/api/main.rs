@@ -6,4 +6,6 @@ mod hang_up;
 mod refusals;
 mod service;
 mod streams;
+mod structured;
 mod support;
+mod tool_calls;

@@ -7,6 +7,7 @@ use proptest::prelude::{Strategy, any, prop, proptest};
 use super::distribution::{Distribution, Workspace};
 use super::sampler::{SampledToken, SamplingError, SamplingRow, Scratch};
 use super::{Sampler, SamplingParameters, random};
+use crate::constraint::TokenMask;
 
 const SEED: u64 = 11;
 
@@ -303,6 +304,22 @@ fn stop_tokens_are_masked_until_min_tokens_and_no_bias_brings_them_back() {
         sample(&SamplingRow { completion, stop_tokens: &[0], ..row(&logits, &parameters) })
     };
     assert_eq!([at(&[]), at(&[1]), at(&[1, 1])], [1, 1, 0]);
+}
+
+#[test]
+fn a_constraint_comes_before_everything_and_its_end_before_min_tokens() {
+    let logits = [5.0, 1.0, 0.0, 2.0];
+    let parameters = SamplingParameters {
+        temperature: 0.0,
+        min_tokens: 2,
+        logit_bias: vec![(0, 100.0)],
+        ..Default::default()
+    };
+    let with = |word: u32| {
+        let allowed = Ok(TokenMask::from_words(vec![word]));
+        sample(&SamplingRow { stop_tokens: &[3], allowed: Some(&allowed), ..row(&logits, &parameters) })
+    };
+    assert_eq!([with(0b1111), with(0b0110), with(0b1100), with(0b1000)], [0, 1, 2, 3]);
 }
 
 #[test]

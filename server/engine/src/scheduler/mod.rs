@@ -258,17 +258,17 @@ impl Scheduler {
 
     /// The running sequences whose next token is sampled after `plan` and restricted by a constraint.
     pub(crate) fn constrained(&mut self, plan: &StepPlan) -> Vec<&mut Sequence> {
-        let mut sampled =
-            plan.entries.iter().filter(|planned| planned.samples).map(|planned| planned.running);
-        let mut next = sampled.next();
-        let of_plan = self.running.iter_mut().enumerate().filter(|&(index, _)| {
-            let is_sampled = next == Some(index);
-            if is_sampled {
-                next = sampled.next();
-            }
-            is_sampled
-        });
-        of_plan.map(|(_, sequence)| sequence).filter(|sequence| sequence.is_constrained()).collect()
+        let entries = plan.entries.iter().filter(|planned| planned.samples);
+        let indices = entries.map(|planned| planned.running);
+        let mut indices: Vec<usize> = indices.filter(|&index| self.running[index].is_constrained()).collect();
+        // A plan has decodes first, then prefills.
+        indices.sort_unstable();
+        let mut indices = indices.into_iter().peekable();
+        let running = self.running.iter_mut().enumerate();
+        running
+            .filter(|(index, _)| indices.next_if_eq(index).is_some())
+            .map(|(_, sequence)| sequence)
+            .collect()
     }
 
     /// Whether every request has ended.
