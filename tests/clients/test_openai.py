@@ -92,7 +92,6 @@ def test_an_unknown_model_is_not_found(client):
         ("max_tokens", 10_000_000, "messages"),
         ("messages", [], "messages"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
-        ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
     ],
 )
 def test_a_bad_field_is_refused_by_name(client, server, field, value, param):

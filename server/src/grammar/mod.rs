@@ -24,8 +24,11 @@ use constraint::GrammarConstraint;
 /// Most bytes of a grammar, in the form it is compiled from.
 const MAXIMUM_GRAMMAR_BYTES: usize = 256 << 10;
 
-/// What may be spent on one grammar, compiling and for each token; about a third of llguidance's defaults, which
-/// still compile the largest schemas in use (FHIR's). 50,000 units of fuel are a millisecond.
+/// Most parentheses and brackets around each other in a Lark grammar, whose parser goes down one by one.
+const MAXIMUM_NESTING: usize = 200;
+
+/// What may be spent on one grammar, compiling and for each token: llguidance's defaults, which compile the largest
+/// schemas in use (FHIR's), with less memory for the states of its lexer. 50,000 units of fuel are a millisecond.
 const LIMITS: ParserLimits = ParserLimits {
     max_items_in_row: 2000,
     initial_lexer_fuel: 1_000_000,
@@ -133,6 +136,12 @@ impl Grammars {
             let message = format!("it has {bytes} bytes, expected at most {MAXIMUM_GRAMMAR_BYTES}");
             return Err(GrammarError { message });
         }
+        if let Some(nesting) =
+            grammar.lark_grammar.as_deref().map(nesting).filter(|&found| found > MAXIMUM_NESTING)
+        {
+            let message = format!("it is nested {nesting} levels deep, expected at most {MAXIMUM_NESTING}");
+            return Err(GrammarError { message });
+        }
         let factory = self.factory.get_or_init(|| self.factory()).as_ref().map_err(Clone::clone)?;
         let parser = catch_unwind(std::panic::AssertUnwindSafe(|| {
             factory.create_parser(TopLevelGrammar::from_grammar(grammar))
@@ -173,6 +182,19 @@ impl Grammars {
         }
         bytes
     }
+}
+
+/// The most parentheses and brackets that are open at once, wherever they stand.
+fn nesting(lark: &str) -> usize {
+    let depths = lark.bytes().scan(0_usize, |depth, byte| {
+        match byte {
+            b'(' | b'[' => *depth += 1,
+            b')' | b']' => *depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        Some(*depth)
+    });
+    depths.max().unwrap_or(0)
 }
 
 /// The message of an error without the parser's state, which may follow it.

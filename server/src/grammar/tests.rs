@@ -154,11 +154,11 @@ fn grammars_that_cannot_be_followed_are_refused() {
         (Grammar::JsonSchema(json!(5)), ""),
         (Grammar::JsonSchema(json!(false)), ""),
         (Grammar::Regex("(".to_owned()), ""),
-        (Grammar::Regex("(a{1000}){1000}{1000}".to_owned()), ""),
         (Grammar::Regex("a".repeat(MAXIMUM_GRAMMAR_BYTES + 1)), "bytes"),
         (Grammar::Lark("start: missing".to_owned()), "missing"),
         (Grammar::Lark(String::new()), ""),
-        (Grammar::JsonSchema(json!({"type": "string", "maxLength": u64::MAX})), ""),
+        (Grammar::Lark(format!("start: {}\"a\"{}", "(".repeat(100_000), ")".repeat(100_000))), "nested"),
+        (Grammar::Regex("(".repeat(100_000)), ""),
     ] {
         let started = std::time::Instant::now();
         match grammars.compile(grammar.clone()) {
@@ -166,5 +166,36 @@ fn grammars_that_cannot_be_followed_are_refused() {
             Err(error) => assert!(error.message.contains(word) && !error.message.is_empty(), "{error}"),
         }
         assert!(started.elapsed() < std::time::Duration::from_secs(10), "{grammar:?}");
+    }
+}
+
+#[test]
+fn grammars_that_blow_up_cost_a_bounded_time_whether_they_are_refused_or_not() {
+    let grammars = grammars();
+    let objects = (0..12).fold(json!({"type": "null"}), |inner, _| {
+        json!({"type": "object", "properties": {"a": inner, "b": inner}, "additionalProperties": inner})
+    });
+    for grammar in [
+        Grammar::Regex("(a{1000}){1000}{1000}".to_owned()),
+        Grammar::Regex(format!("{}b", "(a|ab|a.*)*".repeat(2000))),
+        Grammar::Regex("(.*a.{900}){90}".to_owned()),
+        Grammar::Regex(format!("{}a{}", "(".repeat(240), ")*".repeat(240))),
+        Grammar::Lark(format!("start: {}\"a\"{}", "(".repeat(MAXIMUM_NESTING), ")".repeat(MAXIMUM_NESTING))),
+        Grammar::JsonSchema(json!({"type": "string", "maxLength": u64::MAX})),
+        Grammar::JsonSchema(json!({"type": "array", "items": {}, "minItems": 1_000_000})),
+        Grammar::JsonSchema(objects),
+        Grammar::Lark("start: start start | \"a\" | ".to_owned()),
+        Grammar::Choice((0..20_000).map(|number| number.to_string()).collect()),
+    ] {
+        let started = std::time::Instant::now();
+        if let Ok(mut constraint) = grammars.compile(grammar.clone()) {
+            let mut tokens = Vec::new();
+            for _ in 0..20 {
+                let Ok(mask) = constraint.allowed_after(&tokens) else { break };
+                tokens.extend(allowed(&mask).first());
+            }
+        }
+        let form = format!("{grammar:?}");
+        assert!(started.elapsed() < std::time::Duration::from_secs(20), "{}", &form[..form.len().min(80)]);
     }
 }

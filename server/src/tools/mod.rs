@@ -26,8 +26,7 @@ const MAXIMUM_NAME: usize = 64;
 /// How a model writes the calls of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToolCallFormat {
-    /// `<tool_call>{"name": "f", "arguments": {...}}</tool_call>` among text: Qwen, Hermes and many others. Small
-    /// models forget the tags: an answer that is such an object, with the name of a tool, is a call too.
+    /// `<tool_call>{"name": "f", "arguments": {...}}</tool_call>` among text: Qwen, Hermes and many others.
     Hermes,
     /// `{"name": "f", "parameters": {...}}` instead of text, after `<|python_tag|>` or nothing; several are
     /// separated by `;`: Llama 3.

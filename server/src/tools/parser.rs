@@ -3,9 +3,16 @@
 //! It takes the text in pieces of any size and says what of it is content and what belongs to calls. What may yet
 //! become a call is kept back, and comes out as content when it does not: a `<tool_call>` with something else than a
 //! call in it, or an object that has other keys. White space around calls is no content.
+//!
+//! Small models forget the tags of their format. An answer that begins with the object of a call, in a fence of JSON
+//! or bare, is one too, if it names a function that there is.
 
 use super::ToolCallFormat;
 use super::call::{CallDelta, CallReader, Progress};
+
+/// What models write around calls where they were taught other tags, and its end.
+const FENCE: &str = "```json";
+const FENCE_END: &str = "```";
 
 /// Reads the text of one answer.
 #[derive(Debug)]
@@ -27,8 +34,9 @@ pub(crate) struct ToolCallParser {
 enum State {
     /// Content, or what comes before it.
     Text,
-    /// In a call, after an opening tag or without one.
-    Call { call: CallReader, tagged: bool },
+    /// In a call, up to a closing tag, if there must be one. What is not `certain` to be a call is one only if it
+    /// names a function that there is.
+    Call { call: CallReader, closing: Option<&'static str>, certain: bool },
     /// After the object of a call: up to the closing tag, if there must be one.
     AfterCall { closing: Option<&'static str> },
 }
@@ -101,29 +109,40 @@ impl ToolCallParser {
     fn take_text(&mut self, character: char, delta: &mut Delta) {
         let opening = self.format.opening_tag();
         let begun = self.held.trim_start();
-        if opening[begun.len()..].starts_with(character) {
+        let may_continue =
+            |tag: &str| tag.strip_prefix(begun).is_some_and(|rest| rest.starts_with(character));
+        if may_continue(opening) || (!self.has_content && may_continue(FENCE)) {
             self.held.push(character);
-            if self.held.trim_start() == opening {
-                self.state = State::Call { call: CallReader::new(), tagged: true };
+            let begun = self.held.trim_start();
+            if begun == opening {
+                self.begin_call(self.format.closing_tag(), true);
+            } else if begun == FENCE {
+                self.begin_call(Some(FENCE_END), false);
             }
-        } else if begun.is_empty() && character.is_whitespace() {
-            self.held.push(character);
         } else if begun.is_empty() && character == '{' && !self.has_content {
-            self.state = State::Call { call: CallReader::new(), tagged: false };
+            self.begin_call(None, false);
             self.take_call(character, delta);
         } else if begun.is_empty() {
             self.held.push(character);
-            self.release(delta);
+            if !character.is_whitespace() {
+                self.release(delta);
+            }
         } else {
-            // No tag after all. Only the first character of a tag is "<": another one begins now or never.
+            // No tag after all. None has its first character a second time: another one begins now or never.
             self.release(delta);
             self.take_text(character, delta);
         }
     }
 
+    fn begin_call(&mut self, closing: Option<&'static str>, certain: bool) {
+        // Llama's tag says no more than that code follows.
+        let certain = certain && self.format != ToolCallFormat::Llama3Json;
+        self.state = State::Call { call: CallReader::new(), closing, certain };
+    }
+
     fn take_call(&mut self, character: char, delta: &mut Delta) {
-        let State::Call { call, tagged } = &mut self.state else { return };
-        let closing = if *tagged { self.format.closing_tag() } else { None };
+        let State::Call { call, closing, certain } = &mut self.state else { return };
+        let (closing, certain) = (*closing, *certain);
         let was_known = call.name_is_known();
         if !was_known {
             self.held.push(character);
@@ -131,7 +150,7 @@ impl ToolCallParser {
         let mut brought = CallDelta::default();
         let mut progress = call.push(character, &mut brought);
         // Without tags around it, an object with a name may be any answer.
-        if brought.name.as_ref().is_some_and(|name| closing.is_none() && !self.functions.contains(name)) {
+        if brought.name.as_ref().is_some_and(|name| !certain && !self.functions.contains(name)) {
             brought = CallDelta::default();
             progress = Progress::Malformed;
         } else if call.name_is_known() && !was_known {
@@ -171,7 +190,7 @@ impl ToolCallParser {
         if character != ';' && !character.is_whitespace() {
             self.state = State::Text;
             if character == '{' {
-                self.state = State::Call { call: CallReader::new(), tagged: false };
+                self.begin_call(None, false);
             }
             self.take(character, delta);
         }
@@ -186,11 +205,10 @@ impl ToolCallParser {
             self.state = State::Text;
         } else if self.held.ends_with(opening) {
             self.held = opening.to_owned();
-            self.state = State::Call { call: CallReader::new(), tagged: true };
-        } else {
-            // What may be the beginning of a tag stays.
-            let start = self.held.rfind('<').filter(|start| self.held.len() - start < closing.len());
-            self.held.drain(..start.unwrap_or(self.held.len()));
+            self.begin_call(self.format.closing_tag(), true);
+        } else if self.held.len() > opening.len().max(closing.len()) {
+            // As much as may be the beginning of a tag stays.
+            self.held.remove(0);
         }
     }
 

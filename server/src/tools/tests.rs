@@ -132,7 +132,23 @@ fn an_answer_that_is_a_call_without_tags_is_one_if_the_function_exists() {
     let expected = ("weather", r#"{"city": "Rome"}"#);
     check(hermes, call, "", &[expected]);
     check(hermes, &format!("{call}\n{call}\n{CALL}"), "", &[expected, expected, ("f", ARGUMENTS)]);
-    for text in [format!("see {call}"), call.replace("weather", "other")] {
+    check(hermes, &format!("```json\n{call}\n```"), "", &[expected]);
+    check(
+        hermes,
+        &format!("```json\n{call}\n```\n```json\n{call}\n```\nSo."),
+        "\nSo.",
+        &[expected, expected],
+    );
+    let fenced = "```json\n{\"a\": 1}\n```";
+    for text in [
+        format!("see {call}"),
+        format!("see ```json\n{call}```"),
+        call.replace("weather", "other"),
+        format!("```json\n{}```", call.replace("weather", "other")),
+        fenced.to_owned(),
+        format!("````json{call}"),
+        "```python\nx```".to_owned(),
+    ] {
         check(hermes, &text, &text, &[]);
     }
     check(hermes, "<tool_call>{\"name\": \"other\"}</tool_call>", "", &[("other", "{}")]);
@@ -164,6 +180,8 @@ fn text() -> impl Strategy<Value = String> {
     let parts = prop::sample::select(vec![
         "<tool_call>",
         "</tool_call>",
+        "```json",
+        "`",
         "<|python_tag|>",
         "{",
         "}",

@@ -70,7 +70,7 @@ async fn a_wrong_field_is_refused_by_name() {
         (CHAT, "tool_choice", json!("required"), "tool_choice", value),
         (CHAT, "tool_choice", json!({"type": "allowed_tools"}), "tool_choice", value),
         (CHAT, "parallel_tool_calls", json!(1), "parallel_tool_calls", value),
-        (CHAT, "response_format", json!({"type": "xml"}), "response_format", value),
+        (CHAT, "response_format", json!({"type": "xml"}), "response_format.type", value),
         (CHAT, "response_format", json!({"type": "json_schema"}), "response_format", value),
         (CHAT, "structured_outputs", json!({}), "structured_outputs", value),
         (CHAT, "structured_outputs", json!({"choice": []}), "structured_outputs.choice", value),

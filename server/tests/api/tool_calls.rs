@@ -24,7 +24,7 @@ fn tool(name: &str, value: &str) -> Value {
 
 fn body(choice: Value) -> Value {
     json!({
-        "messages": [{"role": "user", "content": "w"}], "temperature": 0, "max_tokens": 150,
+        "messages": [{"role": "user", "content": "w"}], "temperature": 0, "max_tokens": 200,
         "tools": [tool("f", "q"), tool("g", "r")], "tool_choice": choice,
     })
 }
