@@ -312,12 +312,24 @@ fn a_row_without_a_finite_logit_is_an_error_of_this_row() {
 fn rows_give_the_same_tokens_on_any_number_of_threads() {
     // Enough logits for the threads to be used.
     let rows: Vec<Vec<f32>> = (0..107).map(|seed| logits(30_000, seed, 2.0)).collect();
-    let parameters =
-        SamplingParameters { top_p: 0.95, top_k: Some(2000), logprobs: Some(2), ..Default::default() };
+    let parameters = SamplingParameters {
+        top_p: 0.95,
+        top_k: Some(2000),
+        repetition_penalty: 3.0,
+        frequency_penalty: 1.0,
+        logprobs: Some(2),
+        ..Default::default()
+    };
+    // Each row has a history of its own, which must not reach the next one.
+    let histories: Vec<Vec<u32>> = (0..107).map(|row| (row * 40..row * 40 + 40).collect()).collect();
     let rows: Vec<SamplingRow<'_>> = rows
         .iter()
         .enumerate()
-        .map(|(seed, logits)| SamplingRow { seed: seed as u64, ..row(logits, &parameters) })
+        .map(|(seed, logits)| SamplingRow {
+            seed: seed as u64,
+            completion: &histories[seed],
+            ..row(logits, &parameters)
+        })
         .collect();
     assert!(rows.len() * 30_000 > 3 * super::LOGITS_PER_THREAD);
     let alone: Vec<_> = rows.iter().map(|row| Scratch::default().sample(row)).collect();
