@@ -24,7 +24,7 @@ use nibble_kernels::backend::Backend;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
 use nibble_model::formats::gptq as gptq_format;
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec};
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, check_dense};
 
 use self::activations::{Activations, LinearInput};
 use self::matrix::{InputStatistics, quantize_matrix};
@@ -63,6 +63,7 @@ pub fn quantize<B: Backend>(
 ) -> Result<Report, QuantizeError> {
     let config = checkpoint.config();
     settings.check(config)?;
+    check_dense(checkpoint)?;
     if calibration.is_none() && matches!(settings.method, Method::Gptq(_)) {
         return Err(QuantizeError::Settings {
             name: "--calibration".to_owned(),

@@ -163,8 +163,8 @@ fn every_command_refuses_a_damaged_model_with_one_sentence_that_names_what_is_wr
                 "16",
                 "--calibration",
                 text,
-                "--samples",
-                "2"
+                "--sequence-length",
+                "64"
             ],
         ] {
             let message = nibble::refusal(command);
