@@ -76,16 +76,32 @@ impl Hessian {
         self.sums[(input, input)]
     }
 
+    /// The mean of the diagonal, 1 where that is 0: what damping is a fraction of.
+    pub(crate) fn mean_diagonal(&self) -> f64 {
+        let sum: f64 = (0..self.inputs()).map(|input| f64::from(self.diagonal(input))).sum();
+        if sum > 0.0 { sum / self.inputs() as f64 } else { 1.0 }
+    }
+
+    /// Rows `first..end`, all columns.
+    pub(crate) fn rows(&self, first: usize, end: usize) -> MatRef<'_, f32> {
+        self.sums.as_ref().subrows(first, end - first)
+    }
+
+    /// Rows and columns `first..end`, row-major, with `added` on the diagonal.
+    pub(crate) fn block(&self, first: usize, end: usize, added: f32) -> Vec<f32> {
+        let element =
+            |row: usize, column: usize| self.sums[(row, column)] + if row == column { added } else { 0.0 };
+        (first..end).flat_map(|row| (first..end).map(move |column| element(row, column))).collect()
+    }
+
     /// The upper triangular `U`, row-major `[inputs, inputs]`, with `U^T U = (H' + damping * mean * I)^-1`,
-    /// where `H'` has the inputs in the given `order` and `mean` is the mean of the diagonal (1 where that
-    /// is 0). `None` when the damped matrix is not positive definite.
+    /// where `H'` has the inputs in the given `order` and `mean` is [`Self::mean_diagonal`]. `None` when the damped matrix is not positive definite.
     ///
     /// With `H' = R R^T` for an upper triangular `R` (the Cholesky factor of the reversed matrix, reversed
     /// again), `U` is `R^-1`: one factorization and one triangular inverse.
     pub(crate) fn inverse_factor(&self, order: &[usize], damping: f64, par: Par) -> Option<Vec<f32>> {
         let inputs = self.inputs();
-        let sum: f64 = (0..inputs).map(|input| f64::from(self.diagonal(input))).sum();
-        let mean = if sum > 0.0 { sum / inputs as f64 } else { 1.0 };
+        let mean = self.mean_diagonal();
         let reversed = |index: usize| order[inputs - 1 - index];
         let mut factor = Mat::<f64>::zeros(inputs, inputs);
         for column in 0..inputs {

@@ -13,6 +13,9 @@
 //! the layer's weights, one Hessian with its factorization, two hidden states for each calibration token.
 
 mod activations;
+mod matrix;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -24,12 +27,9 @@ use nibble_model::formats::gptq as gptq_format;
 use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec};
 
 use self::activations::{Activations, LinearInput};
+use self::matrix::{InputStatistics, quantize_matrix};
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
-use crate::grid::Grid;
-use crate::hessian::Hessian;
-use crate::methods::gptq::InverseFactor;
-use crate::methods::{Weights, assemble, gptq, rtn};
 use crate::output;
 use crate::report::{MatrixReport, Report};
 use crate::settings::{Method, Settings};
@@ -91,16 +91,14 @@ pub fn quantize<B: Backend>(
             None => None,
         };
         for input in LinearInput::ALL {
-            let hessian = match (&mut activations, &layer) {
-                (Some(activations), Some(layer)) => Some(activations.hessian(layer, input, &threads)?),
-                _ => None,
+            let statistics = match (&mut activations, &layer) {
+                (Some(activations), Some(layer)) => {
+                    let hessian = activations.hessian(layer, input, &threads)?;
+                    let name = input.roles()[0].spec(config, index).name;
+                    InputStatistics::new(hessian, settings, &name, &threads)?
+                }
+                _ => InputStatistics::Unknown,
             };
-            let statistics = InputStatistics::new(
-                hessian,
-                settings,
-                &input.roles()[0].spec(config, index).name,
-                &threads,
-            )?;
             for &role in input.roles() {
                 let spec = role.spec(config, index);
                 let (matrix, relative_error) =
@@ -135,94 +133,6 @@ pub fn quantize<B: Backend>(
         errors_are_of_outputs: calibration.is_some(),
         layers: report,
     })
-}
-
-/// What is known about an input of linear layers.
-struct InputStatistics {
-    hessian: Option<Hessian>,
-    factor: Option<InverseFactor>,
-}
-
-impl InputStatistics {
-    fn new(
-        hessian: Option<Hessian>,
-        settings: &Settings,
-        name: &str,
-        threads: &Threads,
-    ) -> Result<Self, QuantizeError> {
-        if let Some(hessian) = &hessian
-            && let Some(input) = (0..hessian.inputs()).find(|&input| !hessian.diagonal(input).is_finite())
-        {
-            return Err(QuantizeError::NotFinite {
-                name: name.to_owned(),
-                what: "the calibration activations",
-                found: format!("of input {input} overflow"),
-                help: "the checkpoint is damaged or does not fit its config.json",
-            });
-        }
-        let factor = match (&hessian, settings.method) {
-            (Some(hessian), Method::Gptq(gptq)) => {
-                let factor = threads
-                    .run(|par| InverseFactor::new(hessian, gptq, par))
-                    .map_err(|damping| QuantizeError::Factorization { name: name.to_owned(), damping })?;
-                if factor.damping > gptq.damping {
-                    tracing::warn!(
-                        matrix = name,
-                        asked = gptq.damping,
-                        used = factor.damping,
-                        "the Hessian is not positive definite; damping was raised"
-                    );
-                }
-                Some(factor)
-            }
-            _ => None,
-        };
-        Ok(Self { hessian, factor })
-    }
-}
-
-/// Quantizes one matrix and measures its relative error.
-fn quantize_matrix(
-    checkpoint: &Checkpoint,
-    spec: &LinearSpec,
-    settings: &Settings,
-    statistics: &InputStatistics,
-    threads: &Threads,
-) -> Result<(QuantizedMatrix, f64), QuantizeError> {
-    let values =
-        checkpoint.dense(&format!("{}.weight", spec.name), spec.out_features, spec.in_features)?.to_f32();
-    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-        return Err(QuantizeError::NotFinite {
-            name: spec.name.clone(),
-            what: "the weights",
-            found: format!(
-                "hold {} at output {}, input {}",
-                values[position],
-                position / spec.in_features,
-                position % spec.in_features
-            ),
-            help: "the checkpoint is damaged; fetch or import it again",
-        });
-    }
-    let weights = Weights { out_features: spec.out_features, in_features: spec.in_features, values: &values };
-    let group_size = settings.group_size.inputs(spec.in_features);
-    let grid = Grid::new(settings);
-    let (codes, grids) = threads.run(|par| match &statistics.factor {
-        Some(factor) => gptq::quantize(weights, grid, group_size, factor, par),
-        None => rtn::quantize(weights, grid, group_size, &vec![1.0; spec.in_features]),
-    });
-    let matrix = assemble(weights, settings.bits, group_size, codes, &grids)
-        .map_err(QuantizeError::matrix(&spec.name))?;
-    let mut difference = matrix.dequantize();
-    for (difference, value) in difference.iter_mut().zip(&values) {
-        *difference -= value;
-    }
-    let energy = |rows: &[f32]| match &statistics.hessian {
-        Some(hessian) => threads.run(|par| hessian.energy(rows, par)),
-        None => rows.iter().map(|&value| f64::from(value).powi(2)).sum(),
-    };
-    let (error, whole) = (energy(&difference), energy(&values));
-    Ok((matrix, if whole > 0.0 { error / whole } else { 0.0 }))
 }
 
 /// The linear layer in device form, with the bias of the checkpoint.

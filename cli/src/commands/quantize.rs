@@ -42,9 +42,13 @@ pub(crate) struct QuantizeArguments {
     #[arg(long, num_args = 0..=1, default_value_t = true, default_missing_value = "true", value_name = "BOOL")]
     #[arg(action = clap::ArgAction::Set)]
     desc_act: bool,
-    /// How the range of a group is found: the whole range, or the one of least squared error.
-    #[arg(long, value_enum, default_value_t = RangeArgument::Mse)]
-    range: RangeArgument,
+    /// How often each code and scale is set again to its best value while all others stay (gptq).
+    #[arg(long, value_name = "SWEEPS", default_value_t = 4)]
+    refine: usize,
+    /// How the range of a group is found: min-max clips nothing (default of rtn), mse has the least squared
+    /// error (default of gptq).
+    #[arg(long, value_enum)]
+    range: Option<RangeArgument>,
     /// A UTF-8 text to calibrate on, or the word self: a text that the model writes, which needs the whole model
     /// in memory. gptq needs one, rtn only measures its error with it.
     #[arg(long, value_name = "FILE|self", required_if_eq("method", "gptq"))]
@@ -113,16 +117,19 @@ impl QuantizeArguments {
         Settings {
             method: match self.method {
                 MethodArgument::Rtn => Method::RoundToNearest,
-                MethodArgument::Gptq => {
-                    Method::Gptq(GptqSettings { damping: self.damp, activation_order: self.desc_act })
-                }
+                MethodArgument::Gptq => Method::Gptq(GptqSettings {
+                    damping: self.damp,
+                    activation_order: self.desc_act,
+                    refinement_sweeps: self.refine,
+                }),
             },
             bits: self.bits,
             group_size: self.group_size,
             symmetric: self.sym,
-            range: match self.range {
-                RangeArgument::MinMax => RangeSearch::MinMax,
-                RangeArgument::Mse => RangeSearch::MeanSquare,
+            // Measured: without GPTQ to make up for them, clipped weights cost more than the finer steps gain.
+            range: match (self.range, self.method) {
+                (Some(RangeArgument::MinMax), _) | (None, MethodArgument::Rtn) => RangeSearch::MinMax,
+                (Some(RangeArgument::Mse), _) | (None, MethodArgument::Gptq) => RangeSearch::MeanSquare,
             },
             version: match self.gptq_version {
                 VersionArgument::V1 => GptqVersion::V1,

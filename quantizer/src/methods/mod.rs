@@ -1,6 +1,7 @@
 //! The ways to choose codes for a weight matrix.
 
 pub(crate) mod gptq;
+pub(crate) mod refine;
 pub(crate) mod rtn;
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::gptq::{self, InverseFactor};
+use super::refine::{Target, refine};
 use super::{Weights, assemble, rtn};
 use crate::grid::{Affine, Grid};
 use crate::hessian::{Hessian, HessianSum};
@@ -172,7 +173,7 @@ fn gptq_gives_the_codes_of_the_textbook_loop() {
         for activation_order in [false, true] {
             for symmetric in [false, true] {
                 for range in [RangeSearch::MinMax, RangeSearch::MeanSquare] {
-                    let gptq = GptqSettings { damping: 0.01, activation_order };
+                    let gptq = GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0 };
                     let grid = Grid::new(&settings(symmetric, range));
                     let expected = textbook_gptq(weights, grid, group_size, &values, gptq);
                     let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
@@ -203,10 +204,39 @@ fn gptq_has_a_smaller_output_error_than_rounding_on_correlated_inputs() {
         };
         let rounded = error(rtn::quantize(weights, grid, group_size, &[1.0; 192]));
         for activation_order in [false, true] {
-            let gptq = GptqSettings { damping: 0.01, activation_order };
+            let gptq = GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0 };
             let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
             let found = error(threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)));
             assert!(found < 0.5 * rounded, "{found} {rounded}"); // measured 0.1 to 0.2
+        }
+    }
+}
+
+#[test]
+fn refinement_lowers_the_output_error_in_every_sweep_and_stays_on_the_grid() {
+    let threads = Threads::new(2).unwrap();
+    // Several groups in a block, a partial last group, one group wider than a block.
+    for (inputs, group_size) in [(192, 32), (200, 48), (288, 144)] {
+        let outputs = 24;
+        let (values, weights) = (correlated_inputs(600, inputs, 3), random(outputs * inputs, 4));
+        let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
+        let hessian = hessian(&values, inputs, &threads);
+        let gptq = GptqSettings { damping: 1e-4, activation_order: true, refinement_sweeps: 0 };
+        let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
+        for symmetric in [false, true] {
+            let grid = Grid::new(&settings(symmetric, RangeSearch::MeanSquare));
+            let error = |sweeps: usize| {
+                let (mut codes, mut grids) =
+                    threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
+                let target = Target { weights, group_size, hessian: &hessian, damping: 1e-9 };
+                threads.run(|par| refine(target, sweeps, &mut codes, &mut grids, par));
+                assert!(grids.iter().all(|grid| half::f16::from_f32(grid.scale).to_f32() == grid.scale));
+                let matrix = assemble(weights, 4, group_size, codes, &grids).unwrap();
+                output_error(weights, &matrix.dequantize(), &values)
+            };
+            let errors = [0, 1, 2, 8].map(error);
+            assert!(errors.windows(2).all(|pair| pair[1] < pair[0]), "{errors:?}");
+            assert!(errors[3] < 0.95 * errors[0], "{errors:?}");
         }
     }
 }
@@ -231,7 +261,7 @@ fn one_thread_and_three_give_the_same_bits() {
     let run = |count: usize| {
         let threads = Threads::new(count).unwrap();
         let hessian = hessian(&values, inputs, &threads);
-        let gptq = GptqSettings { damping: 0.01, activation_order: true };
+        let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0 };
         let grid = Grid::new(&settings(false, RangeSearch::MeanSquare));
         let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
         let energy = threads.run(|par| hessian.energy(weights.values, par));
@@ -251,7 +281,7 @@ fn an_input_that_calibration_never_saw_is_rounded_to_nearest() {
     let weights = random(outputs * inputs, 2);
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
-    let gptq = GptqSettings { damping: 0.01, activation_order: true };
+    let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0 };
     let grid = Grid::new(&settings(false, RangeSearch::MinMax));
     let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
     let (codes, grids) = threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
@@ -266,13 +296,13 @@ fn damping_is_raised_until_the_hessian_can_be_factored() {
     let threads = Threads::new(1).unwrap();
     let values = vec![1.0; 64];
     let rank_one = hessian(&values, 64, &threads);
-    let settings = GptqSettings { damping: 1e-24, activation_order: true };
+    let settings = GptqSettings { damping: 1e-24, activation_order: true, refinement_sweeps: 0 };
     let factor = threads.run(|par| InverseFactor::new(&rank_one, settings, par));
     assert!(
         factor.is_err_and(|largest| largest < 1e-12),
         "no damping up to 1e-13 makes this positive definite"
     );
-    let settings = GptqSettings { damping: 1e-16, activation_order: true };
+    let settings = GptqSettings { damping: 1e-16, activation_order: true, refinement_sweeps: 0 };
     let factor = threads.run(|par| InverseFactor::new(&rank_one, settings, par)).ok().expect("some damping");
     assert!(factor.damping > 1e-16, "{}", factor.damping);
 }
