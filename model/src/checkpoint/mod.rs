@@ -19,7 +19,6 @@ pub use writer::{CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
-use crate::formats::gptq;
 
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -175,10 +174,10 @@ impl Checkpoint {
         in_features: usize,
     ) -> Result<LinearWeight<'_>, CheckpointError> {
         match &self.config.quantization {
-            Some(config) if self.has(&format!("{prefix}.qweight")) => {
-                gptq::read(self, config, prefix, out_features, in_features).map(LinearWeight::Quantized)
+            Some(config) => config.read_linear(self, prefix, out_features, in_features),
+            None => {
+                self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense)
             }
-            _ => self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense),
         }
     }
 
