@@ -49,15 +49,15 @@ fn quantized_weight(
     let Some(name) = layer_of_part.filter(|name| checkpoint.has(&format!("{name}.{}", parts[0]))) else {
         return Some(dense_weight(tensor));
     };
-    if !tensor.name.ends_with(parts[0]) {
-        return None;
-    }
     // What the metadata or the other tensors do not explain is shown as it lies there.
     let (Some(settings), Some(shape)) =
         (quantization.settings_of(name), quantization.shape_of(checkpoint, name))
     else {
         return Some(dense_weight(tensor));
     };
+    if !tensor.name.ends_with(parts[0]) {
+        return None;
+    }
     let tensors = parts.iter().filter_map(|part| checkpoint.raw(&format!("{name}.{part}")).ok());
     let bytes = tensors.map(|tensor| tensor.data.len()).sum();
     let mut weight = Weight::new(name, layer(name), format!("INT{}", settings.bits), &shape, bytes);
