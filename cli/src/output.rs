@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use tracing_subscriber::EnvFilter;
 
 /// Seconds between plain progress lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -56,6 +57,13 @@ impl Drop for Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Logs go to standard error, as RUST_LOG says, or else those of `level` and above.
+pub(crate) fn start_logging(level: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }
 
 /// Prints `value` as one JSON document on standard output.

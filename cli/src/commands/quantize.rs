@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{WindowOptions, evaluate};
@@ -14,7 +14,7 @@ use nibble_quantizer::{Calibration, GptqSettings, Method, RangeSearch, Report, S
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
-use crate::output::{Progress, print_json};
+use crate::output::{Progress, print_json, start_logging};
 
 /// Arguments of `nibble quantize`.
 #[derive(Debug, Args)]
@@ -142,12 +142,13 @@ impl QuantizeArguments {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
+    start_logging("warn");
     let started = Instant::now();
     let checkpoint = open_checkpoint(&arguments.model)?;
     let settings = arguments.settings();
     // A text that cannot be scored must not be found out after the work.
     let eval_tokens = match &arguments.eval_text {
-        Some(text) => Some(read_tokens(&checkpoint, text)?),
+        Some(text) => Some(read_tokens(&checkpoint, text, arguments.eval_window)?),
         None => None,
     };
     let calibration = match &arguments.calibration {
@@ -247,11 +248,19 @@ fn kind(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
-fn read_tokens(checkpoint: &Checkpoint, text: &Path) -> anyhow::Result<Vec<u32>> {
+/// The tokens of `text`, at least one window of them.
+fn read_tokens(checkpoint: &Checkpoint, text: &Path, window: usize) -> anyhow::Result<Vec<u32>> {
     let contents =
         std::fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-    Ok(tokenizer.encode(&contents, false)?)
+    let tokens = tokenizer.encode(&contents, false)?;
+    ensure!(
+        (2..=tokens.len()).contains(&window),
+        "{} has {} tokens and --eval-window is {window}; it must be from 2 to the number of tokens",
+        text.display(),
+        tokens.len()
+    );
+    Ok(tokens)
 }
 
 fn perplexity(

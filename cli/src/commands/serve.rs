@@ -1,6 +1,6 @@
 //! `nibble serve`: a model over the OpenAI API.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use nibble_engine::{Engine, EngineConfig, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::tokenizer::Tokenizer;
 use nibble_server::ServedModel;
-use tracing_subscriber::EnvFilter;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
+use crate::output::start_logging;
 
 /// Time that the runtime gives work that blocks when the server has stopped.
 const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
@@ -64,7 +64,7 @@ pub(crate) struct ServeArguments {
 /// Runs the command.
 pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let started = Instant::now();
-    start_logging();
+    start_logging("info");
     // Bound first: a port that is taken is known before the model is loaded.
     let address = (arguments.host.as_str(), arguments.port);
     let listener = std::net::TcpListener::bind(address)
@@ -110,13 +110,6 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     result?;
     engine.join()?;
     Ok(())
-}
-
-/// Logs go to standard error, as RUST_LOG says.
-fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }
 
 fn engine_config(arguments: &ServeArguments) -> EngineConfig {
