@@ -376,6 +376,46 @@ fn a_layer_that_is_there_twice_or_in_part_is_refused() {
 }
 
 #[test]
+fn the_output_head_is_quantized_only_where_the_metadata_say_so() {
+    let settings = settings(4, GroupSize::Inputs(16), false);
+    let matrix = QuantizedMatrix::new(QuantizedParts {
+        out_features: 16,
+        in_features: 32,
+        bits: 4,
+        group_size: 16,
+        codes: (0..512).map(|index| (index % 15) as u8).collect(),
+        scales: vec![0.5; 32],
+        zero_points: vec![7; 32],
+        input_permutation: None,
+    })
+    .unwrap();
+    for format in FORMATS {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("out");
+        let mut writer = CheckpointWriter::create(&directory, u64::MAX).unwrap();
+        let without = QuantizationConfig::plan(format, &plan(settings, &[])).unwrap();
+        let message = without.write_linear(&mut writer, "lm_head", &matrix).unwrap_err().to_string();
+        assert!(message.contains("expected dense"), "{message}");
+        let with = QuantizationPlan { quantize_lm_head: true, ..plan(settings, &[]) };
+        let with = QuantizationConfig::plan(format, &with).unwrap();
+        with.write_linear(&mut writer, "lm_head", &matrix).unwrap();
+        for (config, name) in [(&with, "config.json"), (&without, "without.json")] {
+            writer.file(name, model_config(config.to_json()).to_string().as_bytes()).unwrap();
+        }
+        writer.finish().unwrap();
+        let read = || match Checkpoint::open(&directory).unwrap().linear("lm_head", 16, 32) {
+            Ok(LinearWeight::Quantized(matrix)) => Ok(matrix),
+            Ok(LinearWeight::Dense(_)) => panic!("{format:?}: dense"),
+            Err(error) => Err(error.to_string()),
+        };
+        assert_eq!(read().unwrap(), matrix);
+        std::fs::rename(directory.join("without.json"), directory.join("config.json")).unwrap();
+        let message = read().unwrap_err();
+        assert!(message.contains("leaves it unquantized"), "{format:?}: {message}");
+    }
+}
+
+#[test]
 fn tensors_that_contradict_the_metadata_are_refused() {
     let gptq = Format::Gptq(GptqVersion::V1);
     let weights = |config: &mut Value, name: &str, value: Value| {

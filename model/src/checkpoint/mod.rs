@@ -181,6 +181,18 @@ impl Checkpoint {
         }
     }
 
+    /// Refuses tensors of a quantized layer `prefix`, where `expected` says why there must be none.
+    pub(crate) fn refuse_quantized(&self, prefix: &str, expected: &str) -> Result<(), CheckpointError> {
+        let config = self.config.quantization.as_ref();
+        match config.and_then(|config| config.tensor_of(self, prefix)) {
+            Some(name) => {
+                let help = "correct config.json or write the checkpoint again";
+                Err(CheckpointError::tensor(self.raw(&name)?.file, &name, "there", expected, help))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn floats(&self, name: &str, shape: &[usize]) -> Result<DenseValues<'_>, CheckpointError> {
         let tensor = self.raw(name)?;
         let help = "the checkpoint does not fit its config.json";

@@ -159,6 +159,11 @@ impl QuantizationConfig {
         }
     }
 
+    /// The name of a tensor that only a quantized layer `module` has, if there is one.
+    pub(crate) fn tensor_of(&self, checkpoint: &Checkpoint, module: &str) -> Option<String> {
+        self.parts().iter().map(|part| format!("{module}.{part}")).find(|name| checkpoint.has(name))
+    }
+
     /// `[out_features, in_features]` of the quantized layer `module`, where its tensors tell.
     pub(crate) fn shape_of(&self, checkpoint: &Checkpoint, module: &str) -> Option<[usize; 2]> {
         let tensor = |part: &str| checkpoint.raw(&format!("{module}.{part}")).ok();
@@ -183,8 +188,7 @@ impl QuantizationConfig {
         in_features: usize,
     ) -> Result<LinearWeight<'a>, CheckpointError> {
         let dense = format!("{module}.weight");
-        let quantized = self.parts().iter().map(|part| format!("{module}.{part}"));
-        let quantized = quantized.into_iter().find(|name| checkpoint.has(name));
+        let quantized = self.tensor_of(checkpoint, module);
         let help = "the checkpoint is incomplete or contradicts itself; fetch or write it again";
         let refuse = |name: &str, expected: String| {
             Err(CheckpointError::tensor(checkpoint.raw(name)?.file, name, "there", expected, help))

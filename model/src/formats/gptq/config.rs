@@ -16,7 +16,7 @@ use crate::error::CheckpointError;
 use crate::formats::module_pattern::Expression;
 use crate::formats::{ActivationOrder, GroupSize, ModuleSettings, QuantizationPlan};
 
-/// Projections that readers fuse: what comes before and after the varying part of the names, the parts, the fused.
+/// Projections that readers fuse, and the name of the fused form.
 const FUSED: [(&[&str], &str); 2] =
     [(&["q_proj", "k_proj", "v_proj"], "qkv_proj"), (&["gate_proj", "up_proj"], "gate_up_proj")];
 
@@ -113,6 +113,7 @@ impl GptqConfig {
     pub fn settings_of(&self, module: &str) -> Option<ModuleSettings> {
         match self.rules.iter().find(|rule| rule.modules.matches(module)) {
             Some(rule) => rule.settings,
+            None if module == "lm_head" && !self.quantize_lm_head => None,
             None => Some(self.settings),
         }
     }
