@@ -8,6 +8,7 @@ pub mod error;
 pub mod evaluation;
 pub mod formats;
 pub mod forward;
+pub mod generation_config;
 pub mod gguf;
 pub mod hub;
 pub mod import;

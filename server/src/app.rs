@@ -1,17 +1,18 @@
 //! The router: which address is answered by what, within which limits.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use nibble_engine::EngineHandle;
 use nibble_model::chat_template::ChatTemplate;
+use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-use crate::auth::{ApiKeys, require_key};
+use crate::auth::require_key;
 use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
@@ -28,8 +29,32 @@ pub struct ServedModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Its chat template, if it has one.
     pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Its own defaults of sampling parameters.
+    pub generation_config: GenerationConfig,
     /// The engine that runs it.
     pub engine: EngineHandle,
+}
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// With keys, every request but health checks needs one of them.
+    pub api_keys: Vec<String>,
+    /// Time without a finished step, while there is work, after which the engine counts as stuck.
+    pub stuck_after: Duration,
+    /// Silence in a stream after which a comment is sent.
+    pub keep_alive: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            api_keys: Vec::new(),
+            // Far above the longest step: a slow machine under load must not be restarted.
+            stuck_after: Duration::from_secs(120),
+            keep_alive: Duration::from_secs(10),
+        }
+    }
 }
 
 impl ServedModel {
@@ -50,26 +75,22 @@ pub(crate) struct AppState {
     pub(crate) metrics: Arc<Metrics>,
     /// When the server started, in seconds since 1970.
     pub(crate) started_at: u64,
-    pub(crate) api_keys: ApiKeys,
+    pub(crate) options: ServerOptions,
 }
 
-/// The HTTP service of `model`. With API keys, everything but health needs one of them.
+/// The HTTP service of `model`.
 ///
 /// # Errors
 /// When the metrics cannot be set up.
-pub fn router(model: ServedModel, api_keys: Vec<String>) -> Result<Router, ServerError> {
+pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, ServerError> {
     let metrics_of_server = Metrics::new(model.engine.clone(), &model.name)?;
-    let state = Arc::new(AppState {
-        model,
-        metrics: metrics_of_server,
-        started_at: seconds_since_1970(),
-        api_keys: ApiKeys::new(api_keys),
-    });
+    let state =
+        Arc::new(AppState { model, metrics: metrics_of_server, started_at: seconds_since_1970(), options });
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{model}", get(models::one))
+        .route("/v1/models/{*model}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/metrics", get(metrics))

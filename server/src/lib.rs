@@ -18,5 +18,5 @@ mod stop_strings;
 mod stream;
 mod validation;
 
-pub use app::{ServedModel, router};
+pub use app::{ServedModel, ServerOptions, router};
 pub use serve::{ServerError, serve};

@@ -55,6 +55,12 @@ const COUNTERS: &[FromStats<u64>] = &[
         stats.preemptions
     }),
     ("nibble:prompt_tokens_total", "Prompt tokens computed.", |stats| stats.prompt_tokens),
+    ("nibble:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", |stats| {
+        stats.prefix_cache_queries
+    }),
+    ("nibble:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", |stats| {
+        stats.prefix_cache_hits
+    }),
     ("nibble:generation_tokens_total", "Tokens generated.", |stats| stats.generation_tokens),
 ];
 

@@ -3,12 +3,15 @@
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::serve::ListenerExt;
 use nibble_engine::{EngineHandle, Health};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How often the engine's health is looked at.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(200);
+/// Time that the step in flight has at the drain deadline.
+const LAST_STEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time that responses have to reach their clients after the engine has stopped.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -27,6 +30,9 @@ pub enum ServerError {
         /// What it died of.
         message: String,
     },
+    /// The engine hangs in a step.
+    #[error("the engine did not end its last step; its thread is left behind")]
+    EngineStuck,
 }
 
 /// Why the server begins to stop.
@@ -53,6 +59,12 @@ pub async fn serve(
         // A sender that is gone means the same as a message.
         let _ = stopped.await;
     };
+    // Each event of a stream is a small packet that must not wait for the next one.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps delaying small packets");
+        }
+    });
     let server = tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(shutdown).into_future());
     let cause = tokio::select! {
         _ = terminate.recv() => Cause::Signal,
@@ -67,16 +79,17 @@ pub async fn serve(
             tracing::info!(seconds = drain_timeout.as_secs(), "told to stop: finishing what was accepted");
             engine.drain(Instant::now() + drain_timeout);
             let end = tokio::select! {
-                end = ended(&engine) => end,
+                end = tokio::time::timeout(drain_timeout + LAST_STEP_TIMEOUT, ended(&engine)) => end,
                 // Whoever asks twice does not want to wait.
                 _ = interrupt.recv() => {
                     engine.drain(Instant::now());
-                    ended(&engine).await
+                    tokio::time::timeout(LAST_STEP_TIMEOUT, ended(&engine)).await
                 }
             };
             match end {
-                Health::Failed { message } => Err(ServerError::EngineFailed { message }),
-                _ => Ok(()),
+                Ok(Health::Failed { message }) => Err(ServerError::EngineFailed { message }),
+                Ok(_) => Ok(()),
+                Err(_) => Err(ServerError::EngineStuck),
             }
         }
     };

@@ -13,9 +13,7 @@ use serde::Serialize;
 use crate::generation::{ChoiceEvent, Generation};
 use crate::openai::error::ApiError;
 use crate::openai::types::common::Usage;
-
-/// Silence after which a comment is sent, so that no proxy closes the connection of a request that waits.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+use crate::openai::types::sampling::StreamOptions;
 
 /// How an endpoint writes its chunks.
 pub(crate) trait Chunks: Send + 'static {
@@ -25,23 +23,29 @@ pub(crate) trait Chunks: Send + 'static {
     /// What comes before the first event of `choice`, if anything does.
     fn opening(&self, choice: usize) -> Option<Self::Chunk>;
 
-    /// An event.
-    fn event(&self, event: ChoiceEvent) -> Self::Chunk;
+    /// An event, with the usage so far if each chunk reports it.
+    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> Self::Chunk;
 
     /// The usage of the whole request.
     fn usage(&self, usage: Usage) -> Self::Chunk;
 }
 
-/// Streams `generation` as `chunks` writes it.
-pub(crate) fn stream<C: Chunks>(generation: Generation, chunks: C, include_usage: bool) -> Response {
+/// Streams `generation` as `chunks` writes it. After `keep_alive` without an event a comment is sent, so that
+/// no proxy closes the connection of a request that waits.
+pub(crate) fn stream<C: Chunks>(
+    generation: Generation,
+    chunks: C,
+    options: StreamOptions,
+    keep_alive: Duration,
+) -> Response {
     let opening = (0..generation.choices()).filter_map(|choice| chunks.opening(choice));
     let queue = opening.map(|chunk| event(&chunk)).collect();
-    let events = Events { generation: Some(generation), chunks, include_usage, queue };
+    let events = Events { generation: Some(generation), chunks, options, queue };
     let stream = unfold(events, async |mut events| {
         let event = events.next().await?;
         Some((Ok::<_, Infallible>(event), events))
     });
-    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("still working");
+    let keep_alive = KeepAlive::new().interval(keep_alive).text("still working");
     let mut response = Sse::new(stream).keep_alive(keep_alive).into_response();
     // nginx would collect the events otherwise.
     response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -53,7 +57,7 @@ struct Events<C> {
     /// Absent once the last event is in the queue.
     generation: Option<Generation>,
     chunks: C,
-    include_usage: bool,
+    options: StreamOptions,
     queue: VecDeque<Event>,
 }
 
@@ -70,14 +74,15 @@ impl<C: Chunks> Events<C> {
         let Some(generation) = &mut self.generation else { return };
         match generation.next().await {
             Some(Ok(choice)) => {
-                self.queue.push_back(event(&self.chunks.event(choice)));
+                let usage = self.options.continuous_usage_stats.then(|| generation.usage());
+                self.queue.push_back(event(&self.chunks.event(choice, usage)));
                 return;
             }
             Some(Err(error)) => {
                 tracing::error!(%error, "stream failed");
                 self.queue.push_back(event(&error.body()));
             }
-            None if self.include_usage => {
+            None if self.options.include_usage => {
                 self.queue.push_back(event(&self.chunks.usage(generation.usage())));
             }
             None => {}

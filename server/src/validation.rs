@@ -5,6 +5,7 @@
 
 use nibble_engine::{EngineHandle, Request, SamplingParameters, SubmitError};
 use nibble_model::chat_template::ChatInputs;
+use nibble_model::generation_config::GenerationConfig;
 use serde_json::{Map, Value};
 
 use crate::app::ServedModel;
@@ -12,7 +13,7 @@ use crate::openai::error::ApiError;
 use crate::openai::fields::short;
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::{CompletionRequest, Prompts};
-use crate::openai::types::sampling::GenerationFields;
+use crate::openai::types::sampling::{GenerationFields, StreamOptions};
 
 /// Most choices of one request, over all of its prompts.
 const MAXIMUM_CHOICES: usize = 1024;
@@ -53,14 +54,14 @@ pub(crate) struct Prompt {
 }
 
 /// How the answer is delivered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Delivery {
     /// As one body.
     Whole,
     /// As a stream of events.
     Stream {
-        /// Whether a last event reports the usage.
-        include_usage: bool,
+        /// Whether and when the usage is reported.
+        options: StreamOptions,
     },
 }
 
@@ -70,7 +71,7 @@ impl ValidRequest {
         const FIELD: &str = "prompt";
         let fields = request.generation;
         model.check_name(fields.model.as_deref())?;
-        let mut sampling = sampling(&fields)?;
+        let mut sampling = sampling(&fields, &model.generation_config)?;
         sampling.logprobs = request.logprobs.map(|count| logprobs("logprobs", count)).transpose()?;
         if request.echo && sampling.logprobs.is_some() {
             return Err(ApiError::UnsupportedField {
@@ -105,7 +106,7 @@ impl ValidRequest {
         const FIELD: &str = "messages";
         let fields = request.generation;
         model.check_name(fields.model.as_deref())?;
-        let mut sampling = sampling(&fields)?;
+        let mut sampling = sampling(&fields, &model.generation_config)?;
         sampling.logprobs = match (request.logprobs, request.top_logprobs) {
             (true, count) => Some(logprobs("top_logprobs", count.unwrap_or(0))?),
             (false, None | Some(0)) => None,
@@ -135,6 +136,9 @@ impl ValidRequest {
         let token_ids = model.tokenizer.encode(&text, request.add_special_tokens)?;
         let maximum_tokens = model.engine.maximum_tokens();
         let max_tokens = match request.max_completion_tokens.or(fields.max_tokens) {
+            Some(0) if request.max_completion_tokens.is_some() => {
+                return Err(ApiError::invalid("max_completion_tokens", 0, "at least 1"));
+            }
             Some(max_tokens) => max_tokens as usize,
             // What fits; one at least, so that a prompt which fills everything is refused for its length.
             None => maximum_tokens.saturating_sub(token_ids.len()).max(1),
@@ -233,11 +237,13 @@ impl ValidRequest {
     }
 }
 
-/// The sampling parameters of both endpoints; their ranges are checked by the engine.
-fn sampling(fields: &GenerationFields) -> Result<SamplingParameters, ApiError> {
+/// The sampling parameters of both endpoints: the request's, else the model's own defaults, else none. Their
+/// ranges are checked by the engine.
+fn sampling(fields: &GenerationFields, of_model: &GenerationConfig) -> Result<SamplingParameters, ApiError> {
     let default = SamplingParameters::default();
     let top_k = match fields.top_k {
-        None | Some(0 | -1) => None,
+        None => of_model.top_k,
+        Some(0 | -1) => None,
         Some(top_k) => Some(
             usize::try_from(top_k)
                 .map_err(|_| ApiError::invalid("top_k", top_k, "at least 1, or 0 or -1 for all tokens"))?,
@@ -258,11 +264,14 @@ fn sampling(fields: &GenerationFields) -> Result<SamplingParameters, ApiError> {
         .collect::<Result<_, _>>()?;
     Ok(SamplingParameters {
         min_tokens: fields.min_tokens.map_or(default.min_tokens, |tokens| tokens as usize),
-        temperature: fields.temperature.unwrap_or(default.temperature),
-        top_p: fields.top_p.unwrap_or(default.top_p),
+        temperature: fields.temperature.or(of_model.temperature).unwrap_or(default.temperature),
+        top_p: fields.top_p.or(of_model.top_p).unwrap_or(default.top_p),
         top_k,
-        min_p: fields.min_p.unwrap_or(default.min_p),
-        repetition_penalty: fields.repetition_penalty.unwrap_or(default.repetition_penalty),
+        min_p: fields.min_p.or(of_model.min_p).unwrap_or(default.min_p),
+        repetition_penalty: fields
+            .repetition_penalty
+            .or(of_model.repetition_penalty)
+            .unwrap_or(default.repetition_penalty),
         frequency_penalty: fields.frequency_penalty.unwrap_or(default.frequency_penalty),
         presence_penalty: fields.presence_penalty.unwrap_or(default.presence_penalty),
         logit_bias,
@@ -284,9 +293,7 @@ fn delivery(fields: &GenerationFields) -> Result<Delivery, ApiError> {
     match (fields.stream, fields.stream_options) {
         (false, Some(_)) => Err(ApiError::invalid("stream_options", "given", "stream to be true beside it")),
         (false, None) => Ok(Delivery::Whole),
-        (true, options) => {
-            Ok(Delivery::Stream { include_usage: options.is_some_and(|options| options.include_usage) })
-        }
+        (true, options) => Ok(Delivery::Stream { options: options.unwrap_or_default() }),
     }
 }
 

@@ -1,6 +1,6 @@
 //! `nibble generate`: text from one prompt, on the terminal.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -18,7 +18,7 @@ use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
-use crate::output::print_json;
+use crate::output::{print_json, print_text};
 
 /// Arguments of `nibble generate`.
 #[derive(Debug, Args)]
@@ -26,7 +26,7 @@ use crate::output::print_json;
     after_help = "Example: nibble generate ./SmolLM2-135M-int4 --prompt \"What is the capital of France?\""
 )]
 pub(crate) struct GenerateArguments {
-    /// A model directory.
+    /// A model directory or a Hugging Face id.
     model: String,
     /// What to answer, or with --raw what to continue.
     #[arg(long)]
@@ -78,8 +78,9 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let (sender, events) = channel();
     engine.handle().submit(Request { prompt, sampling }, Box::new(ChannelSink(sender)))?;
     let mut detokenizer = Detokenizer::new(tokenizer, true);
-    let answer =
-        receive(&events, &mut detokenizer, |piece| if arguments.json { Ok(()) } else { print_piece(piece) })?;
+    let answer = receive(events, &mut detokenizer, |piece| {
+        if arguments.json { Ok(Reader::Present) } else { print_piece(piece) }
+    })?;
     engine.join()?;
     if arguments.json {
         return print_json(&json!({
@@ -90,7 +91,7 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
             "finish_reason": answer.finish_reason,
         }));
     }
-    print_piece("\n")
+    print_text("\n")
 }
 
 /// The tokens of the prompt: through the chat template unless the model has none or the user wants none.
@@ -121,11 +122,20 @@ struct Answer {
     finish_reason: &'static str,
 }
 
-/// Collects the answer and shows each piece of its text as it comes.
+/// Whether somebody still reads what is printed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    Present,
+    /// It has seen enough, such as `head`.
+    Gone,
+}
+
+/// Collects the answer and shows each piece of its text as it comes, until it ends or nobody reads it. Dropping
+/// `events` at the end stops the engine's work for it.
 fn receive(
-    events: &Receiver<RequestEvent>,
+    events: Receiver<RequestEvent>,
     detokenizer: &mut Detokenizer,
-    mut show: impl FnMut(&str) -> anyhow::Result<()>,
+    mut show: impl FnMut(&str) -> anyhow::Result<Reader>,
 ) -> anyhow::Result<Answer> {
     let (mut text, mut token_ids) = (String::new(), Vec::new());
     loop {
@@ -142,8 +152,11 @@ fn receive(
             (None, Some(&token_id)) => detokenizer.push(token_id)?,
             _ => detokenizer.finish()?,
         };
-        show(&piece)?;
         text.push_str(&piece);
+        if show(&piece)? == Reader::Gone {
+            let completion_tokens = token_ids.len();
+            return Ok(Answer { text, token_ids, completion_tokens, finish_reason: "abort" });
+        }
         if let Some((reason, completion_tokens)) = ended {
             let finish_reason = match reason {
                 FinishReason::Stop => "stop",
@@ -155,10 +168,14 @@ fn receive(
     }
 }
 
-/// Writes a piece of text to the terminal at once.
-fn print_piece(piece: &str) -> anyhow::Result<()> {
+/// Writes a piece of text to standard output at once.
+fn print_piece(piece: &str) -> anyhow::Result<Reader> {
     let mut output = std::io::stdout();
-    output.write_all(piece.as_bytes()).and_then(|()| output.flush()).context("cannot write the answer")
+    match output.write_all(piece.as_bytes()).and_then(|()| output.flush()) {
+        Ok(()) => Ok(Reader::Present),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => Err(error).context("cannot write the answer"),
+    }
 }
 
 /// Puts the events of a request into a channel.

@@ -9,8 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use nibble_engine::{Engine, EngineConfig, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
+use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
-use nibble_server::ServedModel;
+use nibble_server::{ServedModel, ServerOptions};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
@@ -24,7 +25,7 @@ const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
 #[command(after_help = "Example: nibble serve ./SmolLM2-135M-int4 --port 8000\n\
                         Logs: RUST_LOG=warn, or RUST_LOG=debug for more.")]
 pub(crate) struct ServeArguments {
-    /// A model directory.
+    /// A model directory or a Hugging Face id.
     model: String,
     /// Address to listen on; 0.0.0.0 for all of this machine's.
     #[arg(long, default_value = "127.0.0.1")]
@@ -32,7 +33,7 @@ pub(crate) struct ServeArguments {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// Name of the model in the API; the directory's name when not given.
+    /// Name of the model in the API; the directory's name or the Hugging Face id when not given.
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
     /// Longest sequence, prompt and completion together, in tokens.
@@ -51,6 +52,9 @@ pub(crate) struct ServeArguments {
     /// free memory and 4 GiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     kv_cache_memory: Option<u64>,
+    /// Compute every prompt from its beginning; answers are the same.
+    #[arg(long)]
+    no_prefix_caching: bool,
     /// On SIGTERM: seconds to finish what was accepted.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain_timeout: u64,
@@ -72,6 +76,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let chat_template = ChatTemplate::open(checkpoint.directory())?;
+    let generation_config = GenerationConfig::open(checkpoint.directory())?;
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
         max_model_len: arguments.max_model_len,
@@ -84,16 +89,18 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         eprintln!("the model has no chat template: /v1/chat/completions will be refused");
     }
     let model = load(&checkpoint, &arguments.device, plan.max_model_len)?;
-    let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(checkpoint.directory()));
+    let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(&arguments.model));
     let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), engine_config(arguments))?;
     let served = ServedModel {
         name: name.clone(),
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
+        generation_config,
         engine: engine.handle(),
     };
     drop(checkpoint);
-    let router = nibble_server::router(served, arguments.api_key.clone())?;
+    let options = ServerOptions { api_keys: arguments.api_key.clone(), ..ServerOptions::default() };
+    let router = nibble_server::router(served, options)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
     let result = runtime.block_on(async {
         listener.set_nonblocking(true)?;
@@ -120,12 +127,14 @@ fn engine_config(arguments: &ServeArguments) -> EngineConfig {
         max_step_tokens,
         max_prefill_chunk_tokens: default.max_prefill_chunk_tokens.min(max_step_tokens),
         max_waiting_requests: arguments.max_waiting_requests as usize,
+        prefix_caching: !arguments.no_prefix_caching,
         seed: default.seed,
     }
 }
 
-/// The last part of the model's path.
-fn model_name(directory: &Path) -> String {
-    let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
-    absolute.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+/// The last part of the path of a directory, or the Hugging Face id as it is.
+fn model_name(model: &str) -> String {
+    let directory = Path::new(model).canonicalize().ok();
+    let name = directory.as_deref().and_then(Path::file_name);
+    name.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
 }

@@ -6,12 +6,13 @@
 //! spelling of values.
 //!
 //! A template is data from a model file, not code to trust: it reaches no file and no network, and the
-//! number of instructions it may run is bounded.
+//! number of instructions it may run and of bytes it may print are bounded.
 
 mod python;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::path::Path;
 
 use minijinja::{Environment, ErrorKind, Value, context};
@@ -24,6 +25,9 @@ use crate::error::CheckpointError;
 /// Instructions a template may run. The largest templates run a few hundred for a message, so that this
 /// allows tens of thousands of messages and ends an endless loop within about a second.
 const FUEL: u64 = 20_000_000;
+
+/// Bytes a template may print: far more than any context holds.
+const MAXIMUM_BYTES: usize = 64 << 20;
 
 /// Name of the template that is used unless another fits better.
 const DEFAULT: &str = "default";
@@ -138,7 +142,28 @@ impl ChatTemplate {
                 ..Value::from_serialize(&inputs.variables), ..Value::from_serialize(&self.special_tokens)
             }
         };
-        template.render(variables).map_err(|error| ChatTemplateError { message: explain(&error) })
+        let mut output = BoundedOutput(Vec::new());
+        template
+            .render_captured_to(variables, &mut output)
+            .map_err(|error| ChatTemplateError { message: explain(&error) })?;
+        String::from_utf8(output.0).map_err(|error| ChatTemplateError { message: error.to_string() })
+    }
+}
+
+/// What a template has printed.
+struct BoundedOutput(Vec<u8>);
+
+impl io::Write for BoundedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MAXIMUM_BYTES {
+            return Err(io::Error::other("the text is too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -149,6 +174,7 @@ fn explain(error: &minijinja::Error) -> String {
     }
     match error.kind() {
         ErrorKind::OutOfFuel => "it does not end within the allowed number of instructions".to_owned(),
+        ErrorKind::WriteFailure => format!("it prints more than {MAXIMUM_BYTES} bytes"),
         _ => error.to_string(),
     }
 }

@@ -76,6 +76,12 @@ fn an_endless_template_is_ended() {
 }
 
 #[test]
+fn a_template_that_prints_without_end_is_ended() {
+    let error = render("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}").unwrap_err();
+    assert!(error.message.contains("prints more than"), "{error}");
+}
+
+#[test]
 fn a_template_cannot_reach_files() {
     assert!(render("{% include '/etc/passwd' %}").is_err());
 }

@@ -120,6 +120,13 @@ fn special_tokens_are_left_out_or_kept_as_asked() {
 }
 
 #[test]
+fn an_id_that_the_vocabulary_lacks_does_not_end_a_run_of_bytes() {
+    let tokenizer = byte_fallback();
+    let ids = [0xE4, 0xBD, 0xA0, 999, 0x80];
+    assert_eq!(pieces(&tokenizer, &ids, false), ["", "", "", "", "", "\u{FFFD}\u{FFFD}\u{FFFD}\u{FFFD}"]);
+}
+
+#[test]
 fn a_space_is_dropped_at_the_beginning_of_a_text_only() {
     assert_eq!(pieces(&byte_fallback(), &[257, 257, 260], true), ["you", " you", "s", ""]);
 }

@@ -8,7 +8,7 @@ use crate::engine_thread::EngineThread;
 use crate::handle::{EngineConfig, EngineHandle, Shared};
 use crate::runner::{RunnerLimits, StepRunner};
 
-/// A running engine: owns its thread.
+/// A running engine: owns its thread, and counts as one handle until it is joined or dropped.
 pub struct Engine {
     handle: EngineHandle,
     thread: JoinHandle<Result<(), EngineFailure>>,
@@ -60,6 +60,7 @@ impl Engine {
         }
         let limits = runner.limits();
         check_limits(&limits)?;
+        tracing::info!(?limits, ?config, "the engine starts");
         let shared = Arc::new(Shared::new(limits, config));
         let (sender, commands) = mpsc::channel();
         let handle = EngineHandle::new(sender, Arc::clone(&shared));

@@ -14,6 +14,7 @@ use crate::request::{RequestEvent, SinkState};
 use crate::runner::{StepError, StepRunner};
 use crate::sampling::{SampledToken, Sampler, SamplingRow, TokenLogprobs};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
+use crate::stats::EngineStats;
 
 /// Whether more requests may come.
 #[derive(Clone, Copy)]
@@ -69,6 +70,7 @@ impl EngineThread {
         let message = match ended {
             Ok(Ok(())) => {
                 self.shared.state().health = Health::Stopped;
+                tracing::info!("the engine has stopped");
                 return Ok(());
             }
             Ok(Err(error)) => error.to_string(),
@@ -214,6 +216,15 @@ impl EngineThread {
         }
         let stats = self.scheduler.stats();
         let mut state = self.shared.state();
+        if stats.preemptions > state.stats.preemptions {
+            let EngineStats { preemptions, running, waiting, .. } = stats;
+            tracing::debug!(
+                preemptions,
+                running,
+                waiting,
+                "KV blocks ran out: sequences went back to the queue"
+            );
+        }
         state.stats = stats;
         state.received = self.received;
         state.not_started = self.scheduler.not_started();

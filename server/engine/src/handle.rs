@@ -24,6 +24,9 @@ pub struct EngineConfig {
     pub max_prefill_chunk_tokens: usize,
     /// Most requests that wait for their first step; more are refused.
     pub max_waiting_requests: usize,
+    /// Share the KV blocks of equal prefixes, and keep those of ended sequences until their place is needed.
+    /// Changes no token.
+    pub prefix_caching: bool,
     /// Seeds of requests that bring none are derived from this and the request's id.
     pub seed: u64,
 }
@@ -35,6 +38,7 @@ impl Default for EngineConfig {
             max_step_tokens: 2048,
             max_prefill_chunk_tokens: 512,
             max_waiting_requests: 1024,
+            prefix_caching: true,
             seed: 0,
         }
     }
@@ -230,7 +234,9 @@ impl EngineHandle {
 
     /// Stops admission at once and lets the engine finish what it accepted; what is still open at `deadline`
     /// is aborted, then the engine stops. Returns at once: [`EngineHandle::health`] turns from
-    /// [`Health::Draining`] to [`Health::Stopped`], and the engine's `join` returns.
+    /// [`Health::Draining`] to [`Health::Stopped`], and [`crate::Engine::join`] returns. Of several deadlines
+    /// the earliest counts. A step that hangs is not interrupted: whoever must stop in time looks at
+    /// [`EngineStats::last_step_age`] and leaves the process.
     pub fn drain(&self, deadline: Instant) {
         let mut state = self.shared.state();
         if state.health == Health::Ready {

@@ -48,13 +48,15 @@ pub(crate) struct Sequence {
     pub(crate) seed: u64,
     pub(crate) state: SequenceState,
     pub(crate) blocks: Vec<BlockId>,
+    /// How many of `blocks`, from the first, have names in the prefix tree.
+    pub(crate) named_blocks: usize,
     /// Tokens whose keys and values are in the blocks.
     pub(crate) computed: usize,
     pub(crate) times: Times,
     /// The prompt, then the completion.
     tokens: Vec<u32>,
     prompt_tokens: usize,
-    /// Prompt tokens that were computed at least once: what preemption computes again is not new.
+    /// Prompt tokens that were in the cache at least once: what preemption computes again is not new.
     prompt_tokens_counted: usize,
     /// Tokens that end it, sorted.
     stop_tokens: Vec<u32>,
@@ -82,6 +84,7 @@ impl Sequence {
             sampling,
             state: SequenceState::Waiting,
             blocks: Vec::new(),
+            named_blocks: 0,
             computed: 0,
             times: Times { submitted, started: None, first_token: None },
             prompt_tokens: prompt.len(),
@@ -122,8 +125,8 @@ impl Sequence {
         self.prompt_tokens + self.sampling.max_tokens - 1
     }
 
-    /// Records that `tokens` more tokens were computed; returns how many of them are of the prompt and were
-    /// never computed before.
+    /// Records that `tokens` more tokens were computed; returns how many tokens of the prompt are in the cache
+    /// for the first time.
     pub(crate) fn advance(&mut self, tokens: usize) -> usize {
         self.computed += tokens;
         let reached = self.computed.min(self.prompt_tokens).max(self.prompt_tokens_counted);
@@ -142,9 +145,33 @@ impl Sequence {
         }
     }
 
-    /// Gives the blocks back and forgets what was in them; the tokens stay.
+    /// Takes blocks for every known token: `cached` ones for the first, new ones for the rest.
+    pub(crate) fn occupy(&mut self, cached: &[BlockId], pool: &mut BlockPool) {
+        // First those, so that none of them is evicted for a new one.
+        cached.iter().for_each(|&block| pool.share(block));
+        self.blocks.extend_from_slice(cached);
+        self.named_blocks = cached.len();
+        self.computed = cached.len() * pool.block_size();
+        let blocks = self.tokens.len().div_ceil(pool.block_size());
+        self.blocks.extend((cached.len()..blocks).map_while(|_| pool.allocate()));
+    }
+
+    /// Offers the blocks that have become full to later sequences.
+    pub(crate) fn name_full_blocks(&mut self, pool: &mut BlockPool) {
+        let block_size = pool.block_size();
+        while (self.named_blocks + 1) * block_size <= self.computed {
+            let index = self.named_blocks;
+            let parent = index.checked_sub(1).map(|index| self.blocks[index]);
+            let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
+            self.blocks[index] = pool.name(parent, tokens, self.blocks[index]);
+            self.named_blocks += 1;
+        }
+    }
+
+    /// Lets go of the blocks; the tokens stay.
     pub(crate) fn release(&mut self, pool: &mut BlockPool) {
-        pool.free(&mut self.blocks);
+        pool.release(&mut self.blocks);
+        self.named_blocks = 0;
         self.computed = 0;
     }
 }

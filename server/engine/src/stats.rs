@@ -65,7 +65,7 @@ pub struct EngineStats {
     pub running: usize,
     /// Sequences that wait for KV blocks, preempted ones included.
     pub waiting: usize,
-    /// KV blocks in use.
+    /// KV blocks that sequences hold; blocks that only the prefix cache remembers are not among them.
     pub kv_blocks_used: usize,
     /// KV blocks in the cache.
     pub kv_blocks_total: usize,
@@ -73,8 +73,13 @@ pub struct EngineStats {
     pub block_size: usize,
     /// Sequences put back to waiting because KV blocks ran out; each computes its tokens again.
     pub preemptions: u64,
-    /// Prompt tokens computed, each request's once (what preemption computes again is not counted).
+    /// Prompt tokens computed or found in the prefix cache, each request's once (what preemption computes again
+    /// is not counted).
     pub prompt_tokens: u64,
+    /// Tokens of sequences at their admission, preempted ones' again: what could be found in the prefix cache.
+    pub prefix_cache_queries: u64,
+    /// Of these, the tokens that were found and need not be computed.
+    pub prefix_cache_hits: u64,
     /// Tokens generated.
     pub generation_tokens: u64,
     /// Steps completed.
@@ -106,6 +111,8 @@ impl EngineStats {
             block_size,
             preemptions: 0,
             prompt_tokens: 0,
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
             generation_tokens: 0,
             steps: 0,
             last_step_age: None,

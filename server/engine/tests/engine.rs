@@ -5,15 +5,15 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nibble_engine::{
-    Engine, EngineConfig, EngineHandle, FinishReason, Health, Request, RequestEvent, SamplingParameters,
-    StartError, SubmitError,
+    Engine, EngineConfig, EngineHandle, EventSink, FinishReason, Health, Request, RequestEvent,
+    SamplingParameters, SinkState, StartError, StepRunner, SubmitError,
 };
-use support::{Completion, Fault, ScriptedRunner, Stream, eventually, expected_greedy, greedy, mix};
+use support::{Completion, Fault, ScriptedRunner, Stream, eventually, expected_greedy, gated, greedy, mix};
 
 const VOCABULARY: usize = 40;
 const EOS: &[u32] = &[3];
 
-fn start(runner: ScriptedRunner, config: EngineConfig) -> (Engine, EngineHandle) {
+fn start(runner: impl StepRunner + 'static, config: EngineConfig) -> (Engine, EngineHandle) {
     let engine = Engine::start(Box::new(runner), config).expect("a valid configuration");
     let handle = engine.handle();
     (engine, handle)
@@ -90,11 +90,14 @@ fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_
         (18, one.clone(), true),
         (60, one, true),
     ] {
-        let (engine, handle) = start(runner(blocks), config);
+        let (runner, gate) = gated(runner(blocks));
+        let (engine, handle) = start(runner, config);
         let streams: Vec<Stream> = requests
             .iter()
             .map(|request| Stream::submit(&handle, request.clone()).expect("accepted"))
             .collect();
+        // All are there before the first step is done.
+        drop(gate);
         for (stream, alone) in streams.into_iter().zip(&alone) {
             assert_eq!(&stream.finish(), alone, "{blocks} blocks");
         }
@@ -114,6 +117,13 @@ fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_
         assert_eq!(stats.decode_seconds.count, 65);
         assert_eq!(stats.step_tokens.count, stats.steps);
         assert_eq!(stats.last_step_age, None);
+        // Once more: what the cache still has is not computed again.
+        for (request, alone) in requests.iter().zip(&alone) {
+            let stream = Stream::submit(&handle, request.clone()).expect("accepted");
+            assert_eq!(&stream.finish(), alone, "{blocks} blocks, with prefixes cached");
+        }
+        let hits = handle.stats().prefix_cache_hits - stats.prefix_cache_hits;
+        assert_eq!(hits > 500, blocks == 2000, "{hits} of {prompt_tokens} tokens found in {blocks} blocks");
         drop(handle);
         assert_eq!(engine.join(), Ok(()));
     }
@@ -139,8 +149,8 @@ fn seeds_that_requests_do_not_bring_follow_from_the_engine_s_seed() {
 
 #[test]
 fn a_closed_sink_ends_its_sequence_within_one_step_and_frees_its_blocks() {
-    let (gated, gate) = runner(64).with_gate();
-    let (_engine, handle) = start(gated, EngineConfig::default());
+    let (runner, gate) = gated(runner(64));
+    let (_engine, handle) = start(runner, EngineConfig::default());
     let request = sampled_long(1);
     let stream = Stream::submit(&handle, request.clone()).expect("accepted");
     gate.step_has_begun();
@@ -159,8 +169,8 @@ fn a_closed_sink_ends_its_sequence_within_one_step_and_frees_its_blocks() {
 
 #[test]
 fn an_abort_during_a_step_ends_the_request_with_that_step_and_without_its_token() {
-    let (gated, gate) = runner(64).with_gate();
-    let (_engine, handle) = start(gated, EngineConfig { max_running_sequences: 1, ..Default::default() });
+    let (runner, gate) = gated(runner(64));
+    let (_engine, handle) = start(runner, EngineConfig { max_running_sequences: 1, ..Default::default() });
     let stream = Stream::submit(&handle, greedy(vec![1, 2, 3], 10)).expect("accepted");
     let queued = Stream::submit(&handle, greedy(vec![1, 2], 10)).expect("accepted");
     gate.step_has_begun();
@@ -205,9 +215,9 @@ fn requests_that_can_never_run_are_refused_at_once() {
 
 #[test]
 fn a_full_queue_refuses_and_accepts_again_later() {
-    let (gated, gate) = runner(64).with_gate();
+    let (runner, gate) = gated(runner(64));
     let config = EngineConfig { max_running_sequences: 1, max_waiting_requests: 2, ..Default::default() };
-    let (_engine, handle) = start(gated, config);
+    let (_engine, handle) = start(runner, config);
     let first = Stream::submit(&handle, greedy(vec![1], 3)).expect("accepted");
     gate.step_has_begun();
     let second = Stream::submit(&handle, greedy(vec![2], 3)).expect("accepted");
@@ -224,8 +234,8 @@ fn a_full_queue_refuses_and_accepts_again_later() {
 
 #[test]
 fn a_drain_finishes_what_was_accepted_and_takes_nothing_more() {
-    let (gated, gate) = runner(64).with_gate();
-    let (engine, handle) = start(gated, EngineConfig { max_running_sequences: 1, ..Default::default() });
+    let (runner, gate) = gated(runner(64));
+    let (engine, handle) = start(runner, EngineConfig { max_running_sequences: 1, ..Default::default() });
     let requests: Vec<Request> = (0..3).map(|seed| greedy(prompt(5, seed), 4)).collect();
     let streams: Vec<Stream> =
         requests.iter().map(|request| Stream::submit(&handle, request.clone()).expect("accepted")).collect();
@@ -245,8 +255,8 @@ fn a_drain_finishes_what_was_accepted_and_takes_nothing_more() {
 
 #[test]
 fn a_drain_aborts_what_is_open_at_its_deadline() {
-    let (gated, gate) = runner(64).with_gate();
-    let (engine, handle) = start(gated, EngineConfig { max_running_sequences: 1, ..Default::default() });
+    let (runner, gate) = gated(runner(64));
+    let (engine, handle) = start(runner, EngineConfig { max_running_sequences: 1, ..Default::default() });
     let streams: Vec<Stream> =
         (0..2).map(|seed| Stream::submit(&handle, greedy(prompt(5, seed), 200)).expect("accepted")).collect();
     gate.step_has_begun();
@@ -278,8 +288,8 @@ fn a_runner_that_fails_panics_or_answers_nonsense_fails_every_open_request() {
         (Fault::Panic, "the runner is broken"),
         (Fault::WrongShape, "rows"),
     ] {
-        let (gated, gate) = runner(64).with_fault(2, fault).with_gate();
-        let (engine, handle) = start(gated, EngineConfig { max_running_sequences: 2, ..Default::default() });
+        let (runner, gate) = gated(runner(64).with_fault(2, fault));
+        let (engine, handle) = start(runner, EngineConfig { max_running_sequences: 2, ..Default::default() });
         let submit = |seed| Stream::submit(&handle, sampled_long(seed)).expect("accepted");
         let mut streams: Vec<Stream> = (0..3).map(submit).collect();
         for _ in 0..2 {
@@ -308,6 +318,28 @@ fn a_runner_that_fails_panics_or_answers_nonsense_fails_every_open_request() {
     }
 }
 
+#[test]
+fn a_sink_that_panics_fails_the_engine_and_every_other_request_hears_of_it() {
+    struct PanickingSink;
+    impl EventSink for PanickingSink {
+        fn send(&mut self, event: RequestEvent) -> SinkState {
+            panic!("no place for {event:?}");
+        }
+    }
+    let (runner, gate) = gated(runner(64));
+    let (engine, handle) = start(runner, EngineConfig::default());
+    let before = Stream::submit(&handle, sampled_long(1)).expect("accepted");
+    handle.submit(sampled_long(2), Box::new(PanickingSink)).expect("accepted");
+    let after = Stream::submit(&handle, sampled_long(3)).expect("accepted");
+    drop(gate);
+    for stream in [before, after] {
+        let end = stream.finish().end;
+        assert!(matches!(&end, RequestEvent::Failed { message } if message.contains("no place")), "{end:?}");
+    }
+    assert!(engine.join().is_err_and(|failure| failure.message.contains("no place")));
+    assert!(matches!(handle.health(), Health::Failed { .. }));
+}
+
 fn sampled_long(seed: u64) -> Request {
     let mut request = greedy(prompt(3, seed), 100);
     request.sampling.ignore_eos = true;
@@ -330,8 +362,8 @@ fn logits_that_are_not_numbers_fail_the_request_alone() {
 
 #[test]
 fn the_age_of_the_last_step_grows_while_a_step_hangs_and_is_absent_when_idle() {
-    let (gated, gate) = runner(64).with_gate();
-    let (_engine, handle) = start(gated, EngineConfig::default());
+    let (runner, gate) = gated(runner(64));
+    let (_engine, handle) = start(runner, EngineConfig::default());
     assert_eq!(handle.stats().last_step_age, None);
     let stream = Stream::submit(&handle, greedy(vec![1], 1)).expect("accepted");
     gate.step_has_begun();
@@ -358,4 +390,65 @@ fn a_configuration_or_a_runner_that_allows_no_step_is_refused() {
     ] {
         assert!(matches!(refused(limits, EngineConfig::default()), Some(StartError::Limits(_))));
     }
+}
+
+#[test]
+fn after_ten_thousand_requests_aborts_and_hang_ups_from_many_threads_nothing_is_left() {
+    let config = EngineConfig { max_step_tokens: 64, max_running_sequences: 16, ..Default::default() };
+    let (engine, handle) = start(runner(100), config);
+    const THREADS: u64 = 8;
+    const REQUESTS: u64 = 1250;
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let handle = handle.clone();
+            scope.spawn(move || {
+                let mut streams = Vec::new();
+                for number in 0..REQUESTS {
+                    let seed = thread * REQUESTS + number;
+                    let request = sampled(seed);
+                    let stream = loop {
+                        match Stream::submit(&handle, request.clone()) {
+                            Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
+                            submitted => break submitted.expect("accepted"),
+                        }
+                    };
+                    match mix(seed, 77) % 6 {
+                        0 => handle.abort(stream.id),
+                        1 => drop(stream),
+                        2 => {
+                            stream.next();
+                            // Hangs up after its first event.
+                        }
+                        3 => streams.push((request, stream)),
+                        _ => {
+                            let aborted = stream.id;
+                            streams.push((request, stream));
+                            if mix(seed, 78).is_multiple_of(2) {
+                                handle.abort(aborted);
+                            }
+                        }
+                    }
+                }
+                for (request, stream) in streams {
+                    let completion = stream.finish();
+                    let RequestEvent::Finished { prompt_tokens, completion_tokens, reason, .. } =
+                        completion.end
+                    else {
+                        panic!("{:?}", completion.end)
+                    };
+                    assert_eq!(prompt_tokens, request.prompt.len());
+                    let stop = usize::from(reason == FinishReason::Stop);
+                    assert_eq!(completion_tokens, completion.token_ids.len() + stop);
+                }
+            });
+        }
+    });
+    handle.drain(Instant::now() + support::PATIENCE);
+    assert_eq!(engine.join(), Ok(()));
+    let stats = handle.stats();
+    let finished = stats.finished;
+    assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0));
+    assert_eq!(finished.stop + finished.length + finished.aborted, THREADS * REQUESTS);
+    assert_eq!(finished.failed, 0);
+    assert!(finished.aborted > 1000, "{finished:?}");
 }

@@ -1,5 +1,5 @@
 //! The engine over a real model on the CPU: a request's tokens and log probabilities have the same bits
-//! alone, among others, in chunks and after preemption.
+//! alone, among others, in chunks, after preemption and with its prefix cached.
 
 mod support;
 
@@ -10,7 +10,7 @@ use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
 use safetensors::tensor::{Dtype, TensorView};
-use support::{Completion, Stream, mix};
+use support::{Completion, Stream, gated, mix};
 
 const VOCABULARY: usize = 96;
 const HIDDEN: usize = 48;
@@ -96,23 +96,37 @@ fn run(
 ) -> (Vec<Completion>, EngineStats) {
     let checkpoint = Checkpoint::open(directory).expect("a valid checkpoint");
     let model = Model::load(Cpu::new(2), &checkpoint, MAX_POSITIONS).expect("a valid model");
-    let engine = Engine::start(Box::new(ModelRunner::new(model, blocks)), config).expect("a valid engine");
+    let (runner, gate) = gated(ModelRunner::new(model, blocks));
+    let engine = Engine::start(Box::new(runner), config).expect("a valid engine");
     let handle = engine.handle();
     let limits = handle.limits();
     assert_eq!((limits.blocks, limits.vocabulary_size), (blocks, VOCABULARY));
     assert_eq!(limits.maximum_sequence_tokens, MAX_POSITIONS);
     assert_eq!(limits.eos_token_ids, [2]);
-    let streams: Vec<Stream> =
-        seeds.iter().map(|&seed| Stream::submit(&handle, request(seed)).expect("accepted")).collect();
-    let completions = streams.into_iter().map(Stream::finish).collect();
+    let submit = || -> Vec<Stream> {
+        let submit = |&seed| Stream::submit(&handle, request(seed)).expect("accepted");
+        seeds.iter().map(submit).collect()
+    };
+    let finish =
+        |streams: Vec<Stream>| -> Vec<Completion> { streams.into_iter().map(Stream::finish).collect() };
+    let streams = submit();
+    // All are there before the first step is done.
+    drop(gate);
+    let completions = finish(streams);
+    let hits = handle.stats().prefix_cache_hits;
+    // Once more: what the cache still has is not computed again.
+    assert_eq!(finish(submit()), completions, "with prefixes cached");
     let stats = handle.stats();
+    // Prompts have at least 5 tokens, and those of 17 and more fill a block before their last token.
+    let room = blocks >= 16 && seeds.iter().any(|&seed| request(seed).prompt.len() > 16);
+    assert!(!room || stats.prefix_cache_hits > hits, "prefixes are found");
     drop(handle);
     assert_eq!(engine.join(), Ok(()));
     (completions, stats)
 }
 
 #[test]
-fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_tiny_chunks_and_after_preemption() {
+fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preempted_and_cached() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     write_model(directory.path());
     let seeds: Vec<u64> = (0..17).collect();

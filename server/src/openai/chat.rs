@@ -36,7 +36,7 @@ pub(crate) async fn chat_completions(
         tokenizer: Arc::clone(&state.model.tokenizer),
     };
     match request.delivery() {
-        Delivery::Stream { include_usage } => Ok(stream(generation, answer, include_usage)),
+        Delivery::Stream { options } => Ok(stream(generation, answer, options, state.options.keep_alive)),
         Delivery::Whole => {
             let (choices, usage) = generation.collect().await?;
             Ok(Json(answer.whole(choices, usage)).into_response())
@@ -93,7 +93,7 @@ impl Chunks for Answer {
         Some(self.chunk(vec![choice], None))
     }
 
-    fn event(&self, event: ChoiceEvent) -> ChatChunk {
+    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> ChatChunk {
         let content = (!event.text.is_empty()).then_some(event.text);
         let choice = ChatChunkChoice {
             index: event.choice,
@@ -102,7 +102,7 @@ impl Chunks for Answer {
             finish_reason: event.finish.as_ref().map(|finish| finish.outcome.name()),
             stop_reason: event.finish.and_then(|finish| finish.stop_reason),
         };
-        self.chunk(vec![choice], None)
+        self.chunk(vec![choice], usage)
     }
 
     fn usage(&self, usage: Usage) -> ChatChunk {

@@ -34,7 +34,7 @@ pub(crate) async fn completions(
         tokenizer: Arc::clone(&state.model.tokenizer),
     };
     match request.delivery() {
-        Delivery::Stream { include_usage } => Ok(stream(generation, answer, include_usage)),
+        Delivery::Stream { options } => Ok(stream(generation, answer, options, state.options.keep_alive)),
         Delivery::Whole => {
             let (choices, usage) = generation.collect().await?;
             let choices = choices.into_iter().enumerate();
@@ -90,9 +90,9 @@ impl Chunks for Answer {
         None
     }
 
-    fn event(&self, event: ChoiceEvent) -> CompletionResponse {
+    fn event(&self, event: ChoiceEvent, usage: Option<Usage>) -> CompletionResponse {
         let choice = self.choice(event.choice, event.text, &event.tokens, event.finish);
-        self.response(vec![choice], None)
+        self.response(vec![choice], usage)
     }
 
     fn usage(&self, usage: Usage) -> CompletionResponse {

@@ -45,11 +45,10 @@ impl Fields {
         expected: &str,
     ) -> Result<Option<T>, ApiError> {
         let Some(value) = self.object.shift_remove(name) else { return Ok(None) };
-        let found = short(&value);
-        serde_path_to_error::deserialize(value).map(Some).map_err(|error| {
+        serde_path_to_error::deserialize(&value).map(Some).map_err(|error| {
             let path = error.path().to_string();
             if path == "." {
-                return ApiError::invalid(name, found, expected);
+                return ApiError::invalid(name, short(&value), expected);
             }
             let separator = if path.starts_with('[') { "" } else { "." };
             let param = format!("{name}{separator}{path}");

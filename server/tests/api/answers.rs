@@ -1,5 +1,6 @@
 //! Answers in one body.
 
+use nibble_model::generation_config::GenerationConfig;
 use serde_json::{Value, json};
 
 use crate::support::{CHAT, COMPLETIONS, END, MAXIMUM_TOKENS, Options, Server};
@@ -196,4 +197,14 @@ async fn a_model_without_a_template_completes_and_refuses_chats_clearly() {
         server.ok(COMPLETIONS, json!({"prompt": "x", "temperature": 0})).await["choices"][0]["text"],
         "yz"
     );
+}
+
+#[tokio::test]
+async fn the_model_s_own_defaults_count_where_the_request_says_nothing() {
+    let generation_config = GenerationConfig { top_k: Some(1), ..GenerationConfig::default() };
+    let server = Server::with(Options { generation_config, ..Options::default() });
+    let body = json!({"prompt": "a", "temperature": 20});
+    assert_eq!(server.ok(COMPLETIONS, body).await["choices"][0]["text"], ALPHABET[..16]);
+    let body = json!({"prompt": "a", "temperature": 20, "top_k": 0});
+    assert_ne!(server.ok(COMPLETIONS, body).await["choices"][0]["text"], ALPHABET[..16]);
 }

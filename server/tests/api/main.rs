@@ -1,6 +1,7 @@
 //! The API as a client sees it, over a model that knows the alphabet.
 
 mod answers;
+mod anything;
 mod hang_up;
 mod refusals;
 mod service;

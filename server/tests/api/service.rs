@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::http::Request;
 use nibble_engine::{EngineConfig, Health};
+use nibble_server::ServerOptions;
 use serde_json::{Value, json};
 
 use crate::support::{CHAT, COMPLETIONS, Options, Server, post};
@@ -69,6 +70,26 @@ async fn what_is_not_finished_at_the_drain_deadline_gets_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_engine_whose_step_does_not_end_is_not_healthy_until_it_does() {
+    let server = ServerOptions { stuck_after: Duration::from_millis(20), ..ServerOptions::default() };
+    let (server, gate) = Server::gated(Options { server, ..Options::default() });
+    let running = tokio::spawn({
+        let server = server.clone();
+        async move { server.ok(COMPLETIONS, json!({"prompt": "x", "temperature": 0})).await }
+    });
+    gate.step_has_begun();
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    for path in ["/health", "/ready"] {
+        let (status, body) = server.get(path).await;
+        assert!(status == 503 && body.contains("stuck"), "{body}");
+    }
+    drop(gate);
+    running.await.unwrap();
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    assert_eq!(server.get("/health").await.0, 200, "idle is healthy");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_says_when_to_come_back() {
     let engine =
         EngineConfig { max_running_sequences: 1, max_waiting_requests: 1, ..EngineConfig::default() };
@@ -122,6 +143,8 @@ async fn metrics_tell_what_happened() {
         ("nibble:num_preemptions_total{", 0.0),
         ("nibble:prompt_tokens_total{", 4.0),
         ("nibble:generation_tokens_total{", 7.0),
+        ("nibble:prefix_cache_queries_total{", 4.0),
+        ("nibble:prefix_cache_hits_total{", 0.0),
         ("nibble:iteration_tokens_total_count{", 7.0),
         ("nibble:time_to_first_token_seconds_count{", 2.0),
         ("nibble:inter_token_latency_seconds_count{", 4.0),
@@ -156,7 +179,8 @@ async fn buckets_count_everything_below_them() {
 #[tokio::test]
 async fn every_address_but_health_needs_a_key_when_there_are_keys() {
     let api_keys = vec!["one".to_owned(), "two".to_owned()];
-    let server = Server::with(Options { api_keys, ..Options::default() });
+    let server = ServerOptions { api_keys, ..ServerOptions::default() };
+    let server = Server::with(Options { server, ..Options::default() });
     let get = |path: &str, key: Option<&str>| {
         let request = Request::get(path);
         let request = key.into_iter().fold(request, |request, key| request.header("authorization", key));

@@ -1,8 +1,11 @@
 //! Answers as events.
 
+use std::time::Duration;
+
+use nibble_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, COMPLETIONS, Options, Server};
+use crate::support::{CHAT, COMPLETIONS, Options, Server, post};
 
 fn texts(events: &[Value]) -> Vec<&str> {
     events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect()
@@ -33,6 +36,30 @@ async fn usage_comes_last_on_demand() {
     let last = events.last().unwrap();
     assert_eq!(last["choices"], json!([]));
     assert_eq!(last["usage"], json!({"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}));
+}
+
+#[tokio::test]
+async fn usage_comes_with_each_chunk_on_demand() {
+    let body = json!({"prompt": "w", "temperature": 0, "stream_options": {"continuous_usage_stats": true}});
+    let events = Server::new().stream(COMPLETIONS, body).await;
+    let tokens: Vec<&Value> = events.iter().map(|event| &event["usage"]["completion_tokens"]).collect();
+    assert_eq!(tokens, [1, 2, 3, 4]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_waits_shows_that_it_is_alive() {
+    let server = ServerOptions { keep_alive: Duration::from_millis(5), ..ServerOptions::default() };
+    let (server, gate) = Server::gated(Options { server, ..Options::default() });
+    let body = json!({"prompt": "y", "temperature": 0, "stream": true}).to_string();
+    let answer = tokio::spawn({
+        let server = server.clone();
+        async move { server.send(post(COMPLETIONS, body)).await.2 }
+    });
+    gate.step_has_begun();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(gate);
+    let answer = answer.await.unwrap();
+    assert!(answer.starts_with(": still working\n\n") && answer.ends_with("data: [DONE]\n\n"), "{answer}");
 }
 
 #[tokio::test]

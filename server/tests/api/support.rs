@@ -14,8 +14,9 @@ use nibble_engine::{Engine, EngineConfig, EngineHandle, EngineStats, RunnerLimit
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::config::ModelConfig;
 use nibble_model::forward::{Batch, Logits};
+use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
-use nibble_server::ServedModel;
+use nibble_server::{ServedModel, ServerOptions};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tower::ServiceExt;
@@ -62,7 +63,8 @@ pub(crate) struct Options {
     /// The step, counted from 0, that fails.
     pub(crate) failing_step: Option<usize>,
     pub(crate) chat_template: Option<&'static str>,
-    pub(crate) api_keys: Vec<String>,
+    pub(crate) server: ServerOptions,
+    pub(crate) generation_config: GenerationConfig,
 }
 
 impl Default for Options {
@@ -71,7 +73,8 @@ impl Default for Options {
             engine: EngineConfig::default(),
             failing_step: None,
             chat_template: Some(TEMPLATE),
-            api_keys: Vec::new(),
+            server: ServerOptions::default(),
+            generation_config: GenerationConfig::default(),
         }
     }
 }
@@ -157,7 +160,7 @@ impl Server {
 
     fn start(options: Options, gate: Option<(Sender<()>, Receiver<()>)>) -> Self {
         let (tokenizer, chat_template) = model_files(options.chat_template);
-        let api_keys = options.api_keys.clone();
+        let (server, generation_config) = (options.server.clone(), options.generation_config.clone());
         let config = options.engine.clone();
         let runner = AlphabetRunner { options, steps: 0, gate };
         let engine = Engine::start(Box::new(runner), config).unwrap().handle();
@@ -165,9 +168,10 @@ impl Server {
             name: "alphabet".to_owned(),
             tokenizer: Arc::new(tokenizer),
             chat_template: chat_template.map(Arc::new),
+            generation_config,
             engine: engine.clone(),
         };
-        Self { router: nibble_server::router(model, api_keys).unwrap(), engine }
+        Self { router: nibble_server::router(model, server).unwrap(), engine }
     }
 
     /// Status, headers and body of the answer to any request.

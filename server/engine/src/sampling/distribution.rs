@@ -195,9 +195,13 @@ impl<'a> Distribution<'a> {
 
     /// Collects the `count` most likely tokens, in no particular order.
     fn collect_most_likely(&mut self, count: usize) {
+        if count == 0 {
+            self.candidates.clear();
+            return;
+        }
         // If `count` chunks have a value of at least this, `count` tokens do.
         let mut threshold = f32::NEG_INFINITY;
-        if (1..=self.maxima.len()).contains(&count) {
+        if count <= self.maxima.len() {
             self.sorted_maxima.clear();
             self.sorted_maxima.extend_from_slice(self.maxima);
             let larger_first = |a: &f32, b: &f32| b.total_cmp(a);

@@ -13,9 +13,9 @@ pub use parameters::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLo
 use sampler::Scratch;
 pub(crate) use sampler::{SampledToken, SamplingError, SamplingRow};
 
-/// Logits from which it pays to start threads: sampling them takes about a millisecond, starting a thread
-/// some tens of microseconds.
-const LOGITS_WORTH_THREADS: usize = 1 << 20;
+/// Logits for which it pays to start one more thread: sampling from them takes about a millisecond, starting a
+/// thread some tens of microseconds.
+const LOGITS_PER_THREAD: usize = 1 << 20;
 
 /// Samples the rows of a step. Each row is a pure function of itself, so that how they are shared among
 /// threads changes nothing.
@@ -33,7 +33,7 @@ impl Sampler {
     /// The next token of each row, in the order of the rows.
     pub(crate) fn sample(&mut self, rows: &[SamplingRow<'_>]) -> Vec<Result<SampledToken, SamplingError>> {
         let logits = rows.iter().map(|row| row.logits.len()).sum::<usize>();
-        let threads = if logits < LOGITS_WORTH_THREADS { 1 } else { self.scratches.len() };
+        let threads = (logits / LOGITS_PER_THREAD).clamp(1, self.scratches.len());
         let share = rows.len().div_ceil(threads).max(1);
         let sample_share = |(rows, scratch): (&[SamplingRow<'_>], &mut Scratch)| {
             rows.iter().map(|row| scratch.sample(row)).collect::<Vec<_>>()

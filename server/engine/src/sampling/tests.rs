@@ -311,7 +311,7 @@ fn a_row_without_a_finite_logit_is_an_error_of_this_row() {
 #[test]
 fn rows_give_the_same_tokens_on_any_number_of_threads() {
     // Enough logits for the threads to be used.
-    let rows: Vec<Vec<f32>> = (0..37).map(|seed| logits(30_000, seed, 2.0)).collect();
+    let rows: Vec<Vec<f32>> = (0..107).map(|seed| logits(30_000, seed, 2.0)).collect();
     let parameters =
         SamplingParameters { top_p: 0.95, top_k: Some(2000), logprobs: Some(2), ..Default::default() };
     let rows: Vec<SamplingRow<'_>> = rows
@@ -319,7 +319,7 @@ fn rows_give_the_same_tokens_on_any_number_of_threads() {
         .enumerate()
         .map(|(seed, logits)| SamplingRow { seed: seed as u64, ..row(logits, &parameters) })
         .collect();
-    assert!(rows.len() * 30_000 > super::LOGITS_WORTH_THREADS);
+    assert!(rows.len() * 30_000 > 3 * super::LOGITS_PER_THREAD);
     let alone: Vec<_> = rows.iter().map(|row| Scratch::default().sample(row)).collect();
     for threads in [0, 1, 3, 64] {
         assert_eq!(Sampler::new(threads).sample(&rows), alone);

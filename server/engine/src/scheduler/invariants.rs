@@ -1,6 +1,7 @@
 //! What must hold after every call of the scheduler; checked in tests and in the simulation.
 
 use super::{Scheduler, StepPlan};
+use crate::blocks::BlockId;
 use crate::sequence::SequenceState;
 
 /// Checks everything that can be seen between two calls.
@@ -9,7 +10,9 @@ use crate::sequence::SequenceState;
 /// With the invariant that does not hold.
 pub(super) fn check(scheduler: &Scheduler) {
     check_blocks(scheduler);
-    let Scheduler { config, running, waiting, in_flight, block_size, .. } = scheduler;
+    check_names(scheduler);
+    let Scheduler { config, running, waiting, in_flight, pool, .. } = scheduler;
+    let block_size = pool.block_size();
     let ids: Vec<_> = running.iter().chain(waiting).map(|sequence| sequence.id).collect();
     assert!(ids.is_sorted_by(|a, b| a < b), "running sequences, then waiting ones, are in order of arrival");
     assert!(running.len() <= config.max_running_sequences, "no more run than may");
@@ -38,13 +41,42 @@ pub(super) fn check(scheduler: &Scheduler) {
 }
 
 fn check_blocks(scheduler: &Scheduler) {
-    let total = scheduler.pool.total();
-    let mut holders = vec![0; total];
-    let held = scheduler.running.iter().flat_map(|sequence| &sequence.blocks);
-    for block in held.chain(scheduler.pool.free_blocks()) {
+    let pool = &scheduler.pool;
+    let mut holders = vec![0; pool.total()];
+    for block in scheduler.running.iter().flat_map(|sequence| &sequence.blocks) {
         holders[block.0 as usize] += 1;
     }
-    assert!(holders.iter().all(|&holders| holders == 1), "each block is free or held, once: {holders:?}");
+    let mut unheld = vec![0; pool.total()];
+    let (free, idle) = pool.unheld();
+    for &block in free {
+        unheld[block.0 as usize] += 1;
+        assert!(!pool.tree().is_named(block), "a free block has no name");
+    }
+    for block in idle {
+        unheld[block.0 as usize] += 1;
+        assert!(pool.tree().is_named(block), "an idle block has a name");
+    }
+    for block in (0..pool.total() as u32).map(BlockId) {
+        let (holders, unheld) = (holders[block.0 as usize], unheld[block.0 as usize]);
+        assert_eq!(pool.holders(block), holders, "{block:?} counts its holders");
+        assert_eq!(unheld, u32::from(holders == 0), "{block:?} is held or not, and then once");
+        assert!(holders <= 1 || pool.tree().is_named(block), "{block:?} is shared only under its name");
+    }
+}
+
+fn check_names(scheduler: &Scheduler) {
+    let (pool, block_size) = (&scheduler.pool, scheduler.pool.block_size());
+    for sequence in &scheduler.running {
+        let named = &sequence.blocks[..sequence.named_blocks];
+        assert!(named.len() * block_size <= sequence.computed, "named blocks are computed");
+        let mut parent = None;
+        for (&block, tokens) in named.iter().zip(sequence.tokens().chunks_exact(block_size)) {
+            assert_eq!(pool.tree().child(parent, tokens), Some(block), "a name leads to its block");
+            parent = Some(block);
+        }
+        let unnamed = &sequence.blocks[sequence.named_blocks..];
+        assert!(unnamed.iter().all(|&block| !pool.tree().is_named(block)), "others have no name");
+    }
 }
 
 /// Checks a plan that has just been made.
@@ -52,8 +84,8 @@ fn check_blocks(scheduler: &Scheduler) {
 /// # Panics
 /// With the invariant that does not hold.
 pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
-    let Scheduler { config, running, in_flight, block_size, .. } = scheduler;
-    let batch = &plan.batch;
+    let Scheduler { config, running, in_flight, pool, .. } = scheduler;
+    let (batch, block_size) = (&plan.batch, pool.block_size());
     assert_eq!(Some(plan.step), *in_flight, "the plan is in flight");
     assert!(batch.token_ids.len() <= config.max_step_tokens, "the plan is within the budget");
     assert!(plan.entries.iter().any(|planned| planned.running == 0), "the oldest sequence gets on");
@@ -78,6 +110,8 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
         );
         assert!(rows.block_table.iter().copied().eq(sequence.blocks.iter().map(|block| block.0)));
         assert!(end <= rows.block_table.len() * block_size, "every token has its place");
+        let written = &sequence.blocks[rows.first_position / block_size..end.div_ceil(block_size)];
+        assert!(written.iter().all(|&block| pool.holders(block) == 1), "no shared block is written to");
         assert_eq!(planned.samples, end == sequence.tokens().len(), "the last known token is sampled from");
         if planned.samples {
             logit_rows.push(next_row - 1);

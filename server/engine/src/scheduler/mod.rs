@@ -11,7 +11,8 @@
 //! 2. *Prefill*: running sequences with more to compute get chunks of it, oldest first.
 //! 3. *Admission*: sequences enter from the head of the queue, strictly in the order of arrival, each with
 //!    blocks for all tokens it knows, so that a prefill never waits for a block; one more block for each
-//!    running sequence must stay free, so that the newcomer is not preempted at once.
+//!    running sequence must stay free, so that the newcomer is not preempted at once. Full blocks of the
+//!    sequence's prefix that the cache has already are shared, not computed.
 //!
 //! Why nothing starves: every running sequence is older than every waiting one (admission takes the oldest,
 //! preemption the youngest), so the oldest of all runs, is never preempted (alone it fits the cache: `submit`
@@ -34,7 +35,7 @@ use std::time::Duration;
 
 pub(crate) use plan::{Effect, EffectKind, StepId, StepOutput, StepPlan};
 
-use crate::blocks::BlockPool;
+use crate::blocks::{BlockId, BlockPool};
 use crate::handle::EngineConfig;
 use crate::request::{FinishReason, Request, RequestId};
 use crate::runner::RunnerLimits;
@@ -45,7 +46,6 @@ use crate::stats::EngineStats;
 /// The state machine; see the [module](self).
 pub(crate) struct Scheduler {
     config: EngineConfig,
-    block_size: usize,
     eos_token_ids: Vec<u32>,
     pool: BlockPool,
     /// Oldest first; all younger than the running ones.
@@ -54,8 +54,9 @@ pub(crate) struct Scheduler {
     running: Vec<Sequence>,
     next_step: StepId,
     in_flight: Option<StepId>,
-    /// The last plan, for its memory.
+    /// The last plan, and blocks that were looked up, for their memory.
     spare_plan: StepPlan,
+    cached_prefix: Vec<BlockId>,
     counters: EngineStats,
 }
 
@@ -64,14 +65,14 @@ impl Scheduler {
     pub(crate) fn new(limits: &RunnerLimits, config: &EngineConfig) -> Self {
         Self {
             config: config.clone(),
-            block_size: limits.block_size,
             eos_token_ids: limits.eos_token_ids.clone(),
-            pool: BlockPool::new(limits.blocks),
+            pool: BlockPool::new(limits.blocks, limits.block_size),
             waiting: VecDeque::new(),
             running: Vec::new(),
             next_step: StepId(0),
             in_flight: None,
             spare_plan: StepPlan::default(),
+            cached_prefix: Vec::new(),
             counters: EngineStats::new(limits.blocks, limits.block_size),
         }
     }
@@ -90,7 +91,7 @@ impl Scheduler {
         );
         assert!(sequence.remaining() > 0, "a request has a prompt");
         assert!(
-            sequence.maximum_cached_tokens() <= self.pool.total() * self.block_size,
+            sequence.maximum_cached_tokens() <= self.pool.total() * self.pool.block_size(),
             "an accepted request fits the cache"
         );
         self.waiting.push_back(sequence);
@@ -151,7 +152,7 @@ impl Scheduler {
     /// false when there is none younger and the sequence itself was preempted.
     fn has_room_for_one(&mut self, index: usize) -> bool {
         let sequence = &self.running[index];
-        if sequence.computed < sequence.blocks.len() * self.block_size {
+        if sequence.computed < sequence.blocks.len() * self.pool.block_size() {
             return true;
         }
         while index < self.running.len() {
@@ -188,12 +189,21 @@ impl Scheduler {
         let most_running = self.config.max_running_sequences.min(self.config.max_step_tokens);
         while *budget > 0 && self.running.len() < most_running {
             let Some(next) = self.waiting.front() else { return };
-            let blocks = next.tokens().len().div_ceil(self.block_size);
-            if blocks + self.running.len() > self.pool.free_blocks().len() {
+            self.cached_prefix.clear();
+            if self.config.prefix_caching {
+                // The last token is computed in any case: its logits are wanted.
+                let known = &next.tokens()[..next.tokens().len() - 1];
+                self.cached_prefix.extend(self.pool.cached_prefix(known));
+            }
+            let held_by_others = self.cached_prefix.iter().filter(|&&block| self.pool.holders(block) > 0);
+            let blocks = next.tokens().len().div_ceil(self.pool.block_size()) - held_by_others.count();
+            if blocks + self.running.len() > self.pool.available() {
                 return;
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
-            sequence.blocks.extend((0..blocks).map_while(|_| self.pool.allocate()));
+            sequence.occupy(&self.cached_prefix, &mut self.pool);
+            self.counters.prefix_cache_queries += sequence.tokens().len() as u64;
+            self.counters.prefix_cache_hits += sequence.computed as u64;
             sequence.state = SequenceState::Running;
             if sequence.times.started.is_none() {
                 sequence.times.started = Some(now);
@@ -220,6 +230,9 @@ impl Scheduler {
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             self.counters.prompt_tokens += sequence.advance(planned.tokens) as u64;
+            if self.config.prefix_caching {
+                sequence.name_full_blocks(&mut self.pool);
+            }
             let outcome = if planned.samples { sampled.next() } else { None };
             if let (Some((logit_row, outcome)), SequenceState::Running) = (outcome, sequence.state) {
                 take_outcome(sequence, outcome, logit_row, completed_at, &mut self.counters, effects);
@@ -258,7 +271,7 @@ impl Scheduler {
         EngineStats {
             running: self.running.len(),
             waiting: self.waiting.len(),
-            kv_blocks_used: self.pool.used(),
+            kv_blocks_used: self.pool.total() - self.pool.available(),
             ..self.counters.clone()
         }
     }

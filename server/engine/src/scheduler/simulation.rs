@@ -15,6 +15,7 @@ use crate::handle::EngineConfig;
 use crate::request::{FinishReason, Request, RequestId};
 use crate::runner::RunnerLimits;
 use crate::sampling::{SamplingParameters, random};
+use crate::stats::EngineStats;
 
 const EOS: u32 = 0;
 const STOP: u32 = 1;
@@ -22,8 +23,8 @@ const STOP: u32 = 1;
 /// One thing that happens to a scheduler.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// A request arrives; lengths are cut to what fits.
-    Submit { prompt_tokens: usize, max_tokens: usize, ignore_eos: bool },
+    /// A request arrives; lengths are cut to what fits. Prompts of a family begin alike.
+    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool },
     /// A request is aborted, counted back from the youngest; it may have ended already.
     Abort { back: u64 },
     /// The step in flight completes, or the next one is planned.
@@ -53,6 +54,14 @@ struct World {
     /// Of every plan and effect so far.
     digest: DefaultHasher,
     maximum_tokens: usize,
+    block_size: usize,
+    /// What the device has written to each place: a digest of the whole sequence up to there.
+    cache: Vec<u64>,
+}
+
+/// The digest of a sequence that ends with `token`.
+fn extend(before: u64, token: u32) -> u64 {
+    random::derived_seed(before, u64::from(token))
 }
 
 /// The token that a request gets in a place of its completion, in whatever company.
@@ -79,14 +88,16 @@ impl World {
             completed_steps: 0,
             digest: DefaultHasher::new(),
             maximum_tokens: blocks * block_size + 1,
+            block_size,
+            cache: vec![0; blocks * block_size],
         }
     }
 
     fn apply(&mut self, event: Event) {
         let mut effects = Vec::new();
         match event {
-            Event::Submit { prompt_tokens, max_tokens, ignore_eos } => {
-                self.submit(prompt_tokens, max_tokens, ignore_eos);
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos } => {
+                self.submit(family, prompt_tokens, max_tokens, ignore_eos);
             }
             Event::Abort { back } => {
                 let id = RequestId(self.submitted.saturating_sub(1 + back));
@@ -111,12 +122,15 @@ impl World {
         }
     }
 
-    fn submit(&mut self, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool) {
+    fn submit(&mut self, family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool) {
         let prompt_tokens = prompt_tokens.min(self.maximum_tokens - 1);
         let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
         let id = RequestId(self.submitted);
         self.submitted += 1;
-        let prompt = (0..prompt_tokens).map(|at| token(id, at + 1_000_000)).collect();
+        // The last third is the request's own.
+        let common = prompt_tokens - prompt_tokens / 3;
+        let author = |at| if at < common { RequestId(1_000_000 + family) } else { id };
+        let prompt = (0..prompt_tokens).map(|at| token(author(at), at + 1_000_000)).collect();
         let sampling =
             SamplingParameters { max_tokens, ignore_eos, stop_token_ids: vec![STOP], ..Default::default() };
         self.scheduler.submit(id, Request { prompt, sampling }, Duration::ZERO);
@@ -143,6 +157,7 @@ impl World {
             }
             return;
         };
+        self.run(&plan);
         let sampling = plan.entries.iter().filter(|planned| planned.samples);
         let mut sampled: Vec<Result<u32, String>> = sampling
             .map(|planned| {
@@ -155,6 +170,26 @@ impl World {
         }
         self.scheduler.complete(StepOutput { plan, sampled, completed_at: now }, effects);
         self.completed_steps += 1;
+    }
+
+    /// Does what a device would: every row reads what lies before it, and writes to its own place. Then the
+    /// cache must hold each sequence as if it had been alone.
+    fn run(&mut self, plan: &StepPlan) {
+        for (planned, rows) in plan.entries.iter().zip(&plan.batch.sequences) {
+            let place = |position: usize| {
+                rows.block_table[position / self.block_size] as usize * self.block_size
+                    + position % self.block_size
+            };
+            for row in 0..rows.rows {
+                let position = rows.first_position + row;
+                let before = position.checked_sub(1).map_or(0, |before| self.cache[place(before)]);
+                self.cache[place(position)] = extend(before, plan.batch.token_ids[rows.first_row + row]);
+            }
+            let end = rows.first_position + rows.rows;
+            let tokens = &self.scheduler.running()[planned.running].tokens()[..end];
+            let alone = tokens.iter().fold(0, |before, &token| extend(before, token));
+            assert_eq!(self.cache[place(end - 1)], alone, "the cache holds the sequence");
+        }
     }
 
     /// Checks an effect against what its request may see next.
@@ -186,8 +221,8 @@ impl World {
         self.ended += 1;
     }
 
-    /// Lets everything end; returns a digest of the whole life and the number of steps and preemptions.
-    fn finish(mut self) -> (u64, u64, u64) {
+    /// Lets everything end; returns a digest of the whole life, and the last counters.
+    fn finish(mut self) -> (u64, EngineStats) {
         while !self.scheduler.is_idle() || self.in_flight.is_some() {
             self.apply(Event::Turn);
         }
@@ -196,12 +231,12 @@ impl World {
         assert_eq!(finished.stop + finished.length + finished.aborted + finished.failed, self.submitted);
         assert_eq!(self.ended, self.submitted, "each request got one terminal event");
         assert_eq!(stats.steps, self.completed_steps);
-        (self.digest.finish(), stats.steps, stats.preemptions)
+        (self.digest.finish(), stats)
     }
 }
 
 /// A reproducible life; small numbers of everything, so that everything runs short.
-fn live(seed: u64, events: usize) -> (u64, u64, u64) {
+fn live(seed: u64, events: usize) -> (u64, EngineStats) {
     let mut drawn = 0;
     let mut below = |bound: u64| {
         drawn += 1;
@@ -211,6 +246,7 @@ fn live(seed: u64, events: usize) -> (u64, u64, u64) {
         max_running_sequences: 1 + below(12) as usize,
         max_step_tokens: 1 + below(40) as usize,
         max_prefill_chunk_tokens: 1 + below(20) as usize,
+        prefix_caching: below(4) > 0,
         ..EngineConfig::default()
     };
     let (blocks, block_size) = (1 + below(24) as usize, 1 + below(5) as usize);
@@ -219,6 +255,7 @@ fn live(seed: u64, events: usize) -> (u64, u64, u64) {
     for _ in 0..events {
         let event = match below(100) {
             at if at < arrivals => Event::Submit {
+                family: below(3),
                 prompt_tokens: 1 + below(30) as usize,
                 max_tokens: 1 + below(30) as usize,
                 ignore_eos: below(2) == 0,
@@ -244,14 +281,16 @@ fn a_million_random_steps_keep_every_invariant() {
         live(seed.parse().expect("SEED is a number"), 1000);
         return;
     }
-    let (mut steps, mut preemptions, mut seed) = (0, 0, 0);
+    let (mut steps, mut preemptions, mut hits, mut seed) = (0, 0, 0, 0);
     while steps < 1_000_000 {
-        let (_, of_life, preempted) = named(seed, || live(seed, 1000));
-        steps += of_life;
-        preemptions += preempted;
+        let (_, stats) = named(seed, || live(seed, 1000));
+        steps += stats.steps;
+        preemptions += stats.preemptions;
+        hits += stats.prefix_cache_hits;
         seed += 1;
     }
     assert!(preemptions > 10_000, "the pools are tiny enough: {preemptions} preemptions");
+    assert!(hits > 100_000, "prefixes are found: {hits} tokens");
 }
 
 #[test]
@@ -266,10 +305,10 @@ fn the_same_calls_give_the_same_plans_and_effects() {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let submit = (1..20usize, 1..20usize, any::<bool>());
+    let submit = (0..3u64, 1..20usize, 1..20usize, any::<bool>());
     proptest::prop_oneof![
-        2 => submit.prop_map(|(prompt_tokens, max_tokens, ignore_eos)| {
-            Event::Submit { prompt_tokens, max_tokens, ignore_eos }
+        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos)| {
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos }
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
         6 => proptest::strategy::Just(Event::Turn),
@@ -284,11 +323,13 @@ proptest! {
         events in prop::collection::vec(event(), 0..120),
         (blocks, block_size) in (1..10usize, 1..4usize),
         (max_running_sequences, max_step_tokens, max_prefill_chunk_tokens) in (1..6usize, 1..12usize, 1..8usize),
+        prefix_caching in any::<bool>(),
     ) {
         let config = EngineConfig {
             max_running_sequences,
             max_step_tokens,
             max_prefill_chunk_tokens,
+            prefix_caching,
             ..EngineConfig::default()
         };
         let mut world = World::new(blocks, block_size, &config);

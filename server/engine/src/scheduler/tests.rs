@@ -23,10 +23,15 @@ fn scheduler(blocks: usize, config: EngineConfig) -> Scheduler {
     Scheduler::new(&limits, &config)
 }
 
+/// Submits a request whose prompt has nothing in common with another's.
 fn submit(scheduler: &mut Scheduler, id: u64, prompt_tokens: usize, max_tokens: usize) {
+    let first = 1000 * (id as u32 + 1);
+    submit_prompt(scheduler, id, (first..first + prompt_tokens as u32).collect(), max_tokens);
+}
+
+fn submit_prompt(scheduler: &mut Scheduler, id: u64, prompt: Vec<u32>, max_tokens: usize) {
     let sampling = SamplingParameters { max_tokens, ..Default::default() };
-    let request = Request { prompt: vec![1; prompt_tokens], sampling };
-    scheduler.submit(RequestId(id), request, Duration::from_secs(id));
+    scheduler.submit(RequestId(id), Request { prompt, sampling }, Duration::from_secs(id));
 }
 
 fn schedule(scheduler: &mut Scheduler) -> StepPlan {
@@ -220,4 +225,83 @@ fn times_are_observed_once_for_each_request() {
     assert_eq!((stats.decode_seconds.count, stats.decode_seconds.sum), (1, 0.0));
     assert_eq!(stats.step_tokens.count, 2);
     assert_eq!(stats.step_tokens.sum, 3.0);
+}
+
+#[test]
+fn a_prefix_in_the_cache_is_shared_while_it_is_held_and_found_when_it_is_idle() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    let prompt: Vec<u32> = (0..11).collect();
+    submit_prompt(&mut scheduler, 0, prompt.clone(), 3);
+    assert_eq!(step(&mut scheduler), [(0, 11)]);
+    submit_prompt(&mut scheduler, 1, prompt.clone(), 1);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 3)], "two full blocks are shared, the third is computed");
+    let stats = scheduler.stats();
+    assert_eq!(stats.kv_blocks_used, 3, "the second has ended");
+    assert_eq!((stats.prefix_cache_queries, stats.prefix_cache_hits, stats.prompt_tokens), (22, 8, 22));
+    assert_eq!(step(&mut scheduler), [(0, 1)]);
+    assert_eq!(scheduler.stats().kv_blocks_used, 0, "remembered blocks are not in use");
+    // The first computed 13 tokens, two of them generated: three full blocks.
+    let longer = prompt.iter().copied().chain([TOKEN, TOKEN, TOKEN]).collect();
+    submit_prompt(&mut scheduler, 2, longer, 1);
+    submit_prompt(&mut scheduler, 3, prompt[..8].to_vec(), 1);
+    assert_eq!(step(&mut scheduler), [(2, 2), (3, 4)], "the last token is computed even if the cache has it");
+}
+
+#[test]
+fn equal_prompts_in_one_step_end_up_on_the_same_blocks() {
+    let mut scheduler = scheduler(10, config(100, 100));
+    for id in 0..3 {
+        submit_prompt(&mut scheduler, id, (0..8).collect(), 3);
+    }
+    assert_eq!(step(&mut scheduler), [(0, 8), (1, 8), (2, 8)], "nothing to share yet");
+    assert_eq!(scheduler.stats().kv_blocks_used, 2);
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 1)]);
+    assert_eq!(scheduler.stats().kv_blocks_used, 5, "what follows is their own");
+}
+
+#[test]
+fn the_least_recently_used_prefix_goes_first_from_its_end() {
+    let mut scheduler = scheduler(5, config(100, 100));
+    let [old, new] = [0, 100].map(|first| (first..first + 8).collect::<Vec<u32>>());
+    submit_prompt(&mut scheduler, 0, old.clone(), 1);
+    submit_prompt(&mut scheduler, 1, new.clone(), 1);
+    assert_eq!(step(&mut scheduler), [(0, 8), (1, 8)]);
+    // Takes the free block and the last one of the older prefix.
+    submit(&mut scheduler, 2, 7, 1);
+    assert_eq!(step(&mut scheduler), [(2, 7)]);
+    let with_more = |prefix: &[u32]| prefix.iter().copied().chain([999]).collect::<Vec<u32>>();
+    submit_prompt(&mut scheduler, 3, with_more(&new), 1);
+    assert_eq!(step(&mut scheduler), [(3, 1)]);
+    submit_prompt(&mut scheduler, 4, with_more(&old), 1);
+    assert_eq!(step(&mut scheduler), [(4, 5)]);
+}
+
+#[test]
+fn a_preempted_sequence_finds_what_nobody_needed_meanwhile() {
+    let mut scheduler = scheduler(6, config(100, 100));
+    submit(&mut scheduler, 0, 8, 6);
+    submit(&mut scheduler, 1, 6, 12);
+    for _ in 0..5 {
+        step(&mut scheduler);
+    }
+    assert_eq!(step(&mut scheduler), [(0, 1)]);
+    assert_eq!(scheduler.stats().preemptions, 1);
+    assert!(scheduler.is_idle() || scheduler.running().is_empty(), "the first has ended");
+    // 11 tokens known, 8 of them in two blocks that are idle still.
+    assert_eq!(step(&mut scheduler), [(1, 3)]);
+    let stats = scheduler.stats();
+    assert_eq!((stats.prefix_cache_queries, stats.prefix_cache_hits), (8 + 6 + 11, 8));
+    assert_eq!(stats.prompt_tokens, 14, "counted once");
+}
+
+#[test]
+fn without_prefix_caching_nothing_is_shared_or_kept() {
+    let mut scheduler = scheduler(10, EngineConfig { prefix_caching: false, ..config(100, 100) });
+    for id in 0..2 {
+        submit_prompt(&mut scheduler, id, (0..8).collect(), 1);
+    }
+    assert_eq!(step(&mut scheduler), [(0, 8), (1, 8)]);
+    submit_prompt(&mut scheduler, 2, (0..8).collect(), 1);
+    assert_eq!(step(&mut scheduler), [(2, 8)]);
+    assert_eq!(scheduler.stats().prefix_cache_hits, 0);
 }

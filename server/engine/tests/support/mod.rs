@@ -140,14 +140,40 @@ pub(crate) struct ScriptedRunner {
     cache: Vec<u32>,
     steps: usize,
     fault: Option<(usize, Fault)>,
-    /// A step waits for a permit if this is present; it tells that it waits first.
-    gate: Option<(Sender<()>, Receiver<()>)>,
+}
+
+/// A runner whose every step waits for the gate; when the gate is dropped they run freely.
+pub(crate) struct GatedRunner<R> {
+    runner: R,
+    say_waits: Sender<()>,
+    permits: Receiver<()>,
 }
 
 /// Lets the steps of a gated runner through, one by one.
 pub(crate) struct Gate {
     waits: Receiver<()>,
     permits: Sender<()>,
+}
+
+/// Puts a gate before a runner.
+pub(crate) fn gated<R: StepRunner>(runner: R) -> (GatedRunner<R>, Gate) {
+    let (say_waits, waits) = channel();
+    let (give_permit, permits) = channel();
+    (GatedRunner { runner, say_waits, permits }, Gate { waits, permits: give_permit })
+}
+
+impl<R: StepRunner> StepRunner for GatedRunner<R> {
+    fn limits(&self) -> RunnerLimits {
+        self.runner.limits()
+    }
+
+    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+        if self.say_waits.send(()).is_ok() {
+            // An error means that the gate has gone.
+            let _ = self.permits.recv();
+        }
+        self.runner.execute(batch)
+    }
 }
 
 impl Gate {
@@ -176,21 +202,13 @@ impl ScriptedRunner {
             maximum_sequence_tokens: 4096,
             eos_token_ids: eos_token_ids.to_vec(),
         };
-        Self { limits, cache: vec![u32::MAX; blocks * block_size], steps: 0, fault: None, gate: None }
+        Self { limits, cache: vec![u32::MAX; blocks * block_size], steps: 0, fault: None }
     }
 
     /// In step `step`, counted from 0, this happens instead.
     pub(crate) fn with_fault(mut self, step: usize, fault: Fault) -> Self {
         self.fault = Some((step, fault));
         self
-    }
-
-    /// Every step waits for the gate; when the gate is dropped they run freely.
-    pub(crate) fn with_gate(mut self) -> (Self, Gate) {
-        let (say_waits, waits) = channel();
-        let (permits, take_permit) = channel();
-        self.gate = Some((say_waits, take_permit));
-        (self, Gate { waits, permits })
     }
 }
 
@@ -200,11 +218,6 @@ impl StepRunner for ScriptedRunner {
     }
 
     fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
-        if let Some((say_waits, permits)) = &self.gate
-            && say_waits.send(()).is_ok()
-        {
-            let _ = permits.recv();
-        }
         let step = self.steps;
         self.steps += 1;
         let vocabulary = self.limits.vocabulary_size;

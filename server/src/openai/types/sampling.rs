@@ -40,12 +40,15 @@ pub(crate) struct GenerationFields {
 }
 
 /// Options of a stream.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StreamOptions {
     /// Whether a last chunk reports the usage.
     #[serde(default)]
     pub(crate) include_usage: bool,
+    /// Whether each chunk reports the usage so far; vLLM's field.
+    #[serde(default)]
+    pub(crate) continuous_usage_stats: bool,
 }
 
 /// One string or several.
