@@ -4,7 +4,7 @@ use half::f16;
 use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 
-use super::ModuleSettings;
+use super::{ActivationOrder, ModuleSettings};
 use crate::checkpoint::{Checkpoint, CheckpointWriter, TensorInfo};
 use crate::error::CheckpointError;
 
@@ -75,8 +75,11 @@ impl LayerReader<'_> {
     }
 
     /// The input at each stored position, groups one after the other, by the index tensor `part`, which holds the
-    /// group of each input; `None` when that is the inputs' own order.
+    /// group of each input; `None` when that is the inputs' own order, or nothing says otherwise.
     pub(super) fn input_order(&self, part: &str) -> Result<Option<Vec<u32>>, CheckpointError> {
+        if self.settings.activation_order != ActivationOrder::Grouped && !self.has(part) {
+            return Ok(None);
+        }
         let group_size = self.group_size();
         let group_of_input = self.words(part, &[self.in_features])?;
         let in_order = |(input, &group): (usize, &u32)| group as usize == input / group_size;

@@ -22,9 +22,9 @@ pub use config::CompressedTensorsConfig;
 use nibble_kernels::tensor::QuantizedMatrix;
 use safetensors::Dtype;
 
+use super::ModuleSettings;
 use super::bit_stream;
 use super::layer::{LayerContents, LayerReader, LayerWriter, transposed};
-use super::{ActivationOrder, ModuleSettings};
 use crate::checkpoint::TensorInfo;
 use crate::error::CheckpointError;
 
@@ -87,11 +87,7 @@ pub(super) fn read(layer: LayerReader<'_>) -> Result<QuantizedMatrix, Checkpoint
                 .collect()
         }
     };
-    let order = match layer.settings.activation_order {
-        ActivationOrder::Grouped => layer.input_order("weight_g_idx")?,
-        _ if layer.has("weight_g_idx") => layer.input_order("weight_g_idx")?,
-        _ => None,
-    };
+    let order = layer.input_order("weight_g_idx")?;
     let mut codes = Vec::with_capacity(out * inputs);
     for output in 0..out {
         let words = &words[output * row..][..row];

@@ -218,8 +218,7 @@ fn rules(exceptions: &BTreeMap<String, Option<ModuleSettings>>) -> Vec<Rule> {
             module.rsplit_once('.').map_or(("", module.as_str()), |(parent, own)| (parent, own));
         let dot = if parent.is_empty() { "" } else { r"\." };
         let alike = |part: &&str| exceptions.get(&format!("{parent}.{part}")) == Some(&settings);
-        let fused =
-            FUSED.iter().find(|(parts, _)| parts.contains(&own) && parts.iter().all(|part| alike(&part)));
+        let fused = FUSED.iter().find(|(parts, _)| parts.contains(&own) && parts.iter().all(alike));
         let names = match fused {
             Some((parts, fused)) => format!("(?:{}|{fused})", parts.join("|")),
             None => escape(own),

@@ -23,9 +23,9 @@ mod config;
 pub use config::{GptqConfig, GptqVersion};
 use nibble_kernels::tensor::QuantizedMatrix;
 
+use super::ModuleSettings;
 use super::bit_stream;
 use super::layer::{LayerContents, LayerReader, LayerWriter, transposed};
-use super::{ActivationOrder, ModuleSettings};
 use crate::checkpoint::TensorInfo;
 use crate::error::CheckpointError;
 
@@ -66,11 +66,7 @@ pub(super) fn read(layer: LayerReader<'_>, version: GptqVersion) -> Result<Quant
     let words = layer.words("qweight", &[bit_stream::words(inputs, bits), out])?;
     let zero_words = layer.words("qzeros", &[groups, bit_stream::words(out, bits)])?;
     let scales = layer.floats("scales", [groups, out])?;
-    let order = match layer.settings.activation_order {
-        ActivationOrder::Grouped => layer.input_order("g_idx")?,
-        _ if layer.has("g_idx") => layer.input_order("g_idx")?,
-        _ => None,
-    };
+    let order = layer.input_order("g_idx")?;
     let mut codes = vec![0; out * inputs];
     for position in 0..inputs {
         let input = order.as_ref().map_or(position, |order| order[position] as usize);
