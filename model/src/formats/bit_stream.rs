@@ -7,9 +7,9 @@
 //! Where `bits` does not divide 32 a code may begin in one word and end in the next. GPTQ packs 3 bits so
 //! (32 codes in 3 words), compressed-tensors any number of bits.
 
-/// How many words hold `codes` codes.
+/// How many words hold `codes` codes. 32 codes fill `bits` words, so that no product can overflow.
 pub(super) fn words(codes: usize, bits: u32) -> usize {
-    (codes * bits as usize).div_ceil(32)
+    codes / 32 * bits as usize + (codes % 32 * bits as usize).div_ceil(32)
 }
 
 /// Code `index` of the stream whose words `word` gives.
