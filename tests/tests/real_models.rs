@@ -165,7 +165,7 @@ fn quantized_smollm2_stays_near_the_original_and_gptq_nearer_than_rtn() {
 fn every_format_holds_the_same_weights() {
     let mut checksums = Vec::new();
     for format in ["gptq", "awq", "compressed-tensors"] {
-        let out = scratch().join(format!("smollm2-135m-{format}"));
+        let out = scratch().join(format!("smollm2-135m-as-{format}"));
         let command = arguments!["quantize", smollm2(), out, "--method", "rtn", "--group-size", "64"];
         nibble::json(&[&command[..], &arguments!["--format", format, "--json"]].concat());
         let checkpoint = Checkpoint::open(&out).expect("a valid checkpoint");
