@@ -7,8 +7,6 @@ use nibble_model::error::CheckpointError;
 use nibble_model::formats::QuantizationConfig;
 use serde_json::{Map, Value};
 
-use crate::settings::{Method, Settings};
-
 /// Files that are the same for the quantized model.
 const COPIED: [&str; 13] = [
     "generation_config.json",
@@ -38,21 +36,24 @@ pub(crate) fn copy_tensors(
     Ok(())
 }
 
-/// Writes config.json with its `quantization_config`, quantize_config.json, and copies the tokenizer's files.
+/// Writes config.json with its `quantization_config`, for GPTQ also quantize_config.json, and copies the tokenizer's
+/// files.
 pub(crate) fn write_files(
     checkpoint: &Checkpoint,
     writer: &mut CheckpointWriter,
-    settings: &Settings,
+    quantization: &QuantizationConfig,
 ) -> Result<(), CheckpointError> {
     let path = checkpoint.directory().join("config.json");
     let text = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
     let help = "correct the file or fetch the model again";
     let mut config: Map<String, Value> =
         serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(&path, error, help))?;
-    let quantization = quantization_config(settings).to_json();
-    config.insert("quantization_config".to_owned(), quantization.clone());
+    let metadata = quantization.to_json();
+    config.insert("quantization_config".to_owned(), metadata.clone());
     writer.file("config.json", pretty(&Value::Object(config)).as_bytes())?;
-    writer.file("quantize_config.json", pretty(&quantization).as_bytes())?;
+    if let QuantizationConfig::Gptq(_) = quantization {
+        writer.file("quantize_config.json", pretty(&metadata).as_bytes())?;
+    }
     for name in COPIED {
         let path = checkpoint.directory().join(name);
         if path.is_file() {
@@ -61,23 +62,6 @@ pub(crate) fn write_files(
         }
     }
     Ok(())
-}
-
-fn quantization_config(settings: &Settings) -> QuantizationConfig {
-    QuantizationConfig {
-        bits: settings.bits,
-        group_size: settings.group_size,
-        // Groups are consecutive inputs whatever the order of quantization: readers need no permutation.
-        desc_act: false,
-        symmetric: settings.symmetric,
-        version: settings.version,
-        quantize_lm_head: false,
-        damp_percent: match settings.method {
-            Method::RoundToNearest => None,
-            Method::Gptq(gptq) => Some(gptq.damping),
-        },
-        quantizer: Some(concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned()),
-    }
 }
 
 fn pretty(value: &Value) -> String {

@@ -23,8 +23,7 @@ use std::path::Path;
 use nibble_kernels::backend::Backend;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
-use nibble_model::formats::gptq as gptq_format;
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec};
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, check_dense};
 
 use self::activations::{Activations, LinearInput};
 use self::matrix::{InputStatistics, quantize_matrix};
@@ -63,6 +62,7 @@ pub fn quantize<B: Backend>(
 ) -> Result<Report, QuantizeError> {
     let config = checkpoint.config();
     settings.check(config)?;
+    check_dense(checkpoint)?;
     if calibration.is_none() && matches!(settings.method, Method::Gptq(_)) {
         return Err(QuantizeError::Settings {
             name: "--calibration".to_owned(),
@@ -75,7 +75,8 @@ pub fn quantize<B: Backend>(
     let mut writer = CheckpointWriter::create(out, DEFAULT_SHARD_BYTES)?;
     let specs = || (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)));
     let quantized: HashSet<String> = specs().map(|spec| format!("{}.weight", spec.name)).collect();
-    output::write_files(checkpoint, &mut writer, settings)?;
+    let quantization = settings.quantization_config()?;
+    output::write_files(checkpoint, &mut writer, &quantization)?;
     output::copy_tensors(checkpoint, &mut writer, &quantized)?;
 
     let mut activations = match calibration {
@@ -103,7 +104,7 @@ pub fn quantize<B: Backend>(
                 let spec = role.spec(config, index);
                 let (matrix, relative_error) =
                     quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
-                gptq_format::write(&mut writer, &spec.name, &matrix, settings.version)?;
+                quantization.write_linear(&mut writer, &spec.name, &matrix)?;
                 let elements = (spec.out_features * spec.in_features) as f64;
                 bits += matrix.bits_per_weight() * elements;
                 weights += elements;

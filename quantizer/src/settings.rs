@@ -1,7 +1,12 @@
 //! How a model is to be quantized, and whether that fits the model.
 
+use std::collections::BTreeMap;
+
 use nibble_model::config::ModelConfig;
-use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::error::CheckpointError;
+use nibble_model::formats::{
+    ActivationOrder, Format, GroupSize, Misfit, ModuleSettings, QuantizationConfig, QuantizationPlan,
+};
 use nibble_model::forward::LinearRole;
 
 use crate::error::QuantizeError;
@@ -14,7 +19,7 @@ const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
 pub struct Settings {
     /// How codes are chosen.
     pub method: Method,
-    /// Bits of a code: 4 or 8.
+    /// Bits of a code: 3, 4 or 8.
     pub bits: u32,
     /// Inputs that share a scale and a zero point.
     pub group_size: GroupSize,
@@ -22,8 +27,8 @@ pub struct Settings {
     pub symmetric: bool,
     /// How the range of a group is found.
     pub range: RangeSearch,
-    /// What the written `qzeros` hold.
-    pub version: GptqVersion,
+    /// The format of the written checkpoint.
+    pub format: Format,
     /// Threads of the linear algebra. The result does not depend on it.
     pub threads: usize,
 }
@@ -68,8 +73,8 @@ impl Settings {
             let (name, expected, help) = (name.to_owned(), expected.to_owned(), help.to_owned());
             Err(QuantizeError::Settings { name, found, expected, help })
         };
-        if !matches!(self.bits, 4 | 8) {
-            return refuse("--bits", self.bits.to_string(), "4 or 8", "the GPTQ format has no other");
+        if !matches!(self.bits, 3 | 4 | 8) {
+            return refuse("--bits", self.bits.to_string(), "3, 4 or 8", "4 is usual");
         }
         if let Method::Gptq(GptqSettings { damping, .. }) = self.method
             && !(damping > 0.0 && damping.is_finite())
@@ -94,13 +99,45 @@ impl Settings {
                 let found = format!("{} inputs wide", spec.in_features);
                 return refuse(&spec.name, found, &format!("a multiple of --group-size {group_size}"), &help);
             }
-            let per_word = 32 / self.bits as usize;
-            if !spec.in_features.is_multiple_of(per_word) || !spec.out_features.is_multiple_of(per_word) {
-                let found = format!("[{}, {}]", spec.out_features, spec.in_features);
-                let expected = format!("both sizes divisible by {per_word}");
-                return refuse(&spec.name, found, &expected, "the GPTQ format cannot store this matrix");
+            let fits = self.format.check(self.module_settings(), spec.out_features, spec.in_features);
+            if let Err(Misfit { found, expected }) = fits {
+                return refuse(
+                    &spec.name,
+                    found,
+                    &expected,
+                    "choose another --format, --bits or --group-size",
+                );
             }
         }
         Ok(())
+    }
+
+    /// What every linear layer is quantized by.
+    fn module_settings(&self) -> ModuleSettings {
+        let static_order = matches!(self.method, Method::Gptq(gptq) if gptq.activation_order);
+        ModuleSettings {
+            bits: self.bits,
+            group_size: self.group_size,
+            symmetric: self.symmetric,
+            activation_order: if static_order { ActivationOrder::Static } else { ActivationOrder::None },
+        }
+    }
+
+    /// The metadata of the written checkpoint.
+    ///
+    /// # Errors
+    /// When the format cannot express these settings.
+    pub(crate) fn quantization_config(&self) -> Result<QuantizationConfig, CheckpointError> {
+        let plan = QuantizationPlan {
+            settings: self.module_settings(),
+            exceptions: BTreeMap::new(),
+            quantize_lm_head: false,
+            damp_percent: match self.method {
+                Method::RoundToNearest => None,
+                Method::Gptq(gptq) => Some(gptq.damping),
+            },
+            quantizer: concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        QuantizationConfig::plan(self.format, &plan)
     }
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use nibble_kernels::device::cpu::Cpu;
-use nibble_model::checkpoint::Checkpoint;
-use nibble_model::forward::{BLOCK_SIZE, Batch, Model, SequenceRows};
+use nibble_model::checkpoint::{Checkpoint, LinearWeight};
+use nibble_model::forward::{BLOCK_SIZE, Batch, LinearRole, LinearSpec, Model, SequenceRows};
 use nibble_model::tokenizer::Tokenizer;
 use nibble_tests::real_model::{import, workspace};
 use nibble_tests::{arguments, nibble, real_model};
@@ -159,6 +159,35 @@ fn quantized_smollm2_stays_near_the_original_and_gptq_nearer_than_rtn() {
     // Both were measured on the calibration text itself, which favours GPTQ: the bars only catch what is broken.
     assert!(rtn > 0.02 && rtn < 0.4, "RTN loses {rtn}");
     assert!(gptq < 0.7 * rtn, "GPTQ loses {gptq}, RTN {rtn}");
+}
+
+#[test]
+fn every_format_holds_the_same_weights() {
+    let mut checksums = Vec::new();
+    for format in ["gptq", "awq", "compressed-tensors"] {
+        let out = scratch().join(format!("smollm2-135m-as-{format}"));
+        let command = arguments!["quantize", smollm2(), out, "--method", "rtn", "--group-size", "64"];
+        nibble::json(&[&command[..], &arguments!["--format", format, "--json"]].concat());
+        let checkpoint = Checkpoint::open(&out).expect("a valid checkpoint");
+        let layers = 0..checkpoint.config().layers;
+        let specs =
+            layers.flat_map(|layer| LinearRole::ALL.map(|role| role.spec(checkpoint.config(), layer)));
+        let checksum = |spec: LinearSpec| match checkpoint
+            .linear(&spec.name, spec.out_features, spec.in_features)
+            .expect("a valid layer")
+        {
+            LinearWeight::Quantized(matrix) => matrix.checksum(),
+            LinearWeight::Dense(_) => panic!("{} is not quantized", spec.name),
+        };
+        checksums.push(specs.map(checksum).collect::<Vec<_>>());
+        let inspection = nibble::json(&arguments!["inspect", out, "--json"]);
+        let weights = inspection["weights"].as_array().expect("a list");
+        let quantized =
+            weights.iter().filter(|weight| weight["dtype"] == "INT4" && weight["group_size"] == 64);
+        assert_eq!(quantized.count(), 30 * 7, "{format}");
+    }
+    assert_eq!(checksums[0].len(), 30 * 7);
+    assert!(checksums.iter().all(|other| *other == checksums[0]));
 }
 
 /// The logits after a prompt, computed in chunks of `chunk` tokens.

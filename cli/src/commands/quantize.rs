@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{WindowOptions, evaluate};
-use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::formats::{Format, GptqVersion, GroupSize};
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::calibration::CalibrationOptions;
 use nibble_quantizer::{Calibration, GptqSettings, Method, RangeSearch, Report, Settings, quantize};
@@ -28,7 +28,7 @@ pub(crate) struct QuantizeArguments {
     /// How codes are chosen: rtn rounds each weight, gptq makes up for each rounding error.
     #[arg(long, value_enum, default_value_t = MethodArgument::Gptq)]
     method: MethodArgument,
-    /// Bits of a weight: 4 or 8.
+    /// Bits of a weight: 3, 4 or 8; awq files have 4.
     #[arg(long, default_value_t = 4)]
     bits: u32,
     /// Consecutive inputs that share a scale; -1 for all inputs of an output channel.
@@ -65,7 +65,10 @@ pub(crate) struct QuantizeArguments {
     /// Fraction of the mean Hessian diagonal added to the diagonal (gptq).
     #[arg(long, default_value_t = 0.01)]
     damp: f64,
-    /// What the files store: v1 the zero point minus one, as every reader expects; v2 the zero point.
+    /// The format of the checkpoint.
+    #[arg(long, value_enum, default_value_t = FormatArgument::Gptq)]
+    format: FormatArgument,
+    /// What gptq files store: v1 the zero point minus one, as every reader expects; v2 the zero point.
     #[arg(long, value_enum, default_value_t = VersionArgument::V1)]
     gptq_version: VersionArgument,
     /// A UTF-8 text to measure perplexity on, before and after.
@@ -94,6 +97,13 @@ enum MethodArgument {
 enum RangeArgument {
     MinMax,
     Mse,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FormatArgument {
+    Gptq,
+    Awq,
+    CompressedTensors,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -131,9 +141,11 @@ impl QuantizeArguments {
                 (Some(RangeArgument::MinMax), _) | (None, MethodArgument::Rtn) => RangeSearch::MinMax,
                 (Some(RangeArgument::Mse), _) | (None, MethodArgument::Gptq) => RangeSearch::MeanSquare,
             },
-            version: match self.gptq_version {
-                VersionArgument::V1 => GptqVersion::V1,
-                VersionArgument::V2 => GptqVersion::V2,
+            format: match (self.format, self.gptq_version) {
+                (FormatArgument::Gptq, VersionArgument::V1) => Format::Gptq(GptqVersion::V1),
+                (FormatArgument::Gptq, VersionArgument::V2) => Format::Gptq(GptqVersion::V2),
+                (FormatArgument::Awq, _) => Format::Awq,
+                (FormatArgument::CompressedTensors, _) => Format::CompressedTensors,
             },
             threads: self.device.threads(),
         }

@@ -1,6 +1,3 @@
-//! The devices operations run on, and decorators over them.
+//! The devices operations run on.
 
-mod capturing;
 pub mod cpu;
-
-pub use capturing::{Capturing, LinearInput};

@@ -19,7 +19,6 @@ pub use writer::{CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
-use crate::formats::gptq;
 
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -175,10 +174,22 @@ impl Checkpoint {
         in_features: usize,
     ) -> Result<LinearWeight<'_>, CheckpointError> {
         match &self.config.quantization {
-            Some(config) if self.has(&format!("{prefix}.qweight")) => {
-                gptq::read(self, config, prefix, out_features, in_features).map(LinearWeight::Quantized)
+            Some(config) => config.read_linear(self, prefix, out_features, in_features),
+            None => {
+                self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense)
             }
-            _ => self.dense(&format!("{prefix}.weight"), out_features, in_features).map(LinearWeight::Dense),
+        }
+    }
+
+    /// Refuses tensors of a quantized layer `prefix`, where `expected` says why there must be none.
+    pub(crate) fn refuse_quantized(&self, prefix: &str, expected: &str) -> Result<(), CheckpointError> {
+        let config = self.config.quantization.as_ref();
+        match config.and_then(|config| config.tensor_of(self, prefix)) {
+            Some(name) => {
+                let help = "correct config.json or write the checkpoint again";
+                Err(CheckpointError::tensor(self.raw(&name)?.file, &name, "there", expected, help))
+            }
+            None => Ok(()),
         }
     }
 

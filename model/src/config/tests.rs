@@ -1,7 +1,9 @@
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use super::*;
-use crate::formats::{GptqVersion, GroupSize};
+use crate::formats::{ActivationOrder, Format, GptqVersion, GroupSize, ModuleSettings, QuantizationPlan};
 
 /// Llama 3.1 8B, as transformers 4 writes it.
 fn llama() -> Value {
@@ -152,19 +154,19 @@ fn the_quantization_is_read_from_either_file() {
     let beside = parse_with(&llama(), &[("quantize_config.json", quantization)]).unwrap();
     assert_eq!(inside, beside);
     let quantization = inside.quantization.unwrap();
-    assert_eq!(
-        quantization,
-        QuantizationConfig {
+    let plan = QuantizationPlan {
+        settings: ModuleSettings {
             bits: 4,
             group_size: GroupSize::PerChannel,
-            desc_act: true,
             symmetric: false,
-            version: GptqVersion::V2,
-            quantize_lm_head: false,
-            damp_percent: None,
-            quantizer: Some("gptqmodel:7.7".to_owned()),
-        }
-    );
+            activation_order: ActivationOrder::Grouped,
+        },
+        exceptions: BTreeMap::new(),
+        quantize_lm_head: false,
+        damp_percent: None,
+        quantizer: "gptqmodel:7.7".to_owned(),
+    };
+    assert_eq!(quantization, QuantizationConfig::plan(Format::Gptq(GptqVersion::V2), &plan).unwrap());
     let written = parse(&changed(json!({ "quantization_config": quantization.to_json() }))).unwrap();
     assert_eq!(written.quantization, Some(quantization));
 }
@@ -191,10 +193,10 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({ "layer_types": mixed }), "16 sliding_attention and 16 full_attention"),
         (json!({ "layer_types": vec!["linear_attention"; 32] }), "linear_attention"),
         (json!({ "torch_dtype": "float8_e4m3fn" }), "float8_e4m3fn"),
-        (quantized(json!({ "quant_method": "awq" })), "awq"),
+        (quantized(json!({ "quant_method": "aqlm" })), "aqlm"),
         (quantized(json!({ "bits": 5 })), "bits"),
         (quantized(json!({ "checkpoint_format": "marlin" })), "marlin"),
-        (quantized(json!({ "dynamic": { "+:.*down_proj": { "bits": 8 } } })), "+:.*down_proj"),
+        (quantized(json!({ "dynamic": { "+:.*down_proj": { "bits": 5 } } })), "+:.*down_proj.bits"),
     ];
     for (change, named) in cases {
         let message = parse(&changed(change)).unwrap_err().to_string();

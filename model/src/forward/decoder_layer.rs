@@ -59,6 +59,23 @@ impl LinearRole {
     }
 }
 
+const INPUT_NORM: &str = "input_layernorm";
+const POST_ATTENTION_NORM: &str = "post_attention_layernorm";
+const QUERY_NORM: &str = "self_attn.q_norm";
+const KEY_NORM: &str = "self_attn.k_norm";
+
+/// The names and lengths of the norms of decoder layer `layer`.
+pub(crate) fn norms(config: &ModelConfig, layer: usize) -> impl Iterator<Item = (String, usize)> {
+    let hidden = [(INPUT_NORM, config.hidden_size), (POST_ATTENTION_NORM, config.hidden_size)];
+    let heads = [(QUERY_NORM, config.head_dim), (KEY_NORM, config.head_dim)];
+    let heads = if config.query_key_norm { &heads[..] } else { &[] }.to_vec();
+    hidden.into_iter().chain(heads).map(move |(name, length)| (norm_name(layer, name), length))
+}
+
+fn norm_name(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}.weight")
+}
+
 /// The weights of one decoder layer on a device.
 pub struct DecoderLayer<B: Backend> {
     input_norm: B::Buffer,
@@ -164,25 +181,25 @@ impl<B: Backend> DecoderLayer<B> {
     ) -> Result<Self, E> {
         let config = checkpoint.config();
         let norm = |name: &str, length: usize| -> Result<B::Buffer, ModelError> {
-            let values = checkpoint.vector(&format!("model.layers.{index}.{name}.weight"), length)?;
+            let values = checkpoint.vector(&norm_name(index, name), length)?;
             Ok(upload(backend, &values)?)
         };
         let head_norms = if config.query_key_norm {
             Some(HeadNorms {
-                query: norm("self_attn.q_norm", config.head_dim)?,
-                key: norm("self_attn.k_norm", config.head_dim)?,
+                query: norm(QUERY_NORM, config.head_dim)?,
+                key: norm(KEY_NORM, config.head_dim)?,
             })
         } else {
             None
         };
         Ok(Self {
-            input_norm: norm("input_layernorm", config.hidden_size)?,
+            input_norm: norm(INPUT_NORM, config.hidden_size)?,
             query: linear(LinearRole::Query)?,
             key: linear(LinearRole::Key)?,
             value: linear(LinearRole::Value)?,
             head_norms,
             attention_output: linear(LinearRole::AttentionOutput)?,
-            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
+            post_attention_norm: norm(POST_ATTENTION_NORM, config.hidden_size)?,
             gate: linear(LinearRole::Gate)?,
             up: linear(LinearRole::Up)?,
             down: linear(LinearRole::Down)?,

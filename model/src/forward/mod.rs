@@ -5,6 +5,7 @@
 //! whatever else is in the batch and however its sequence was cut into chunks.
 
 mod batch;
+mod completeness;
 mod decoder_layer;
 mod layer_runner;
 mod linear;
@@ -13,6 +14,7 @@ mod rotary;
 mod step;
 
 pub use batch::{BLOCK_SIZE, Batch, Logits, SequenceRows};
+pub use completeness::check_dense;
 pub use decoder_layer::{DecoderLayer, LinearRole};
 pub use layer_runner::LayerRunner;
 pub use linear::{Linear, LinearSpec};

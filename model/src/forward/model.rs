@@ -76,6 +76,7 @@ impl<B: Backend> Model<B> {
         let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
         let table = checkpoint.dense("model.embed_tokens.weight", vocabulary, hidden)?;
         let (embedding, head) = if config.tie_word_embeddings {
+            checkpoint.refuse_quantized("lm_head", "none: tie_word_embeddings takes the embedding table")?;
             (Table::Head, Linear::pack_dense(&backend, "lm_head", &table)?)
         } else {
             let head: LinearWeight<'_> = checkpoint.linear("lm_head", vocabulary, hidden)?;

@@ -8,9 +8,6 @@ use crate::config::Fields;
 use crate::error::CheckpointError;
 use crate::formats::QuantizationConfig;
 
-/// The parts of a GPTQ layer other than its codes.
-const GPTQ_PARTS: [&str; 3] = ["qzeros", "scales", "g_idx"];
-
 pub(super) fn inspect(path: &Path) -> Result<Inspection, CheckpointError> {
     let checkpoint = Checkpoint::open(path)?;
     let config = checkpoint.config();
@@ -47,22 +44,24 @@ fn quantized_weight(
     quantization: &QuantizationConfig,
     tensor: TensorInfo<'_>,
 ) -> Option<Weight> {
-    let part_of_layer = GPTQ_PARTS
-        .iter()
-        .find_map(|part| tensor.name.strip_suffix(part)?.strip_suffix('.'))
-        .filter(|name| checkpoint.has(&format!("{name}.qweight")));
-    if part_of_layer.is_some() {
-        return None;
-    }
-    let (Some(name), &[words, out_features]) = (tensor.name.strip_suffix(".qweight"), tensor.shape) else {
+    let parts = quantization.parts();
+    let layer_of_part = parts.iter().find_map(|part| tensor.name.strip_suffix(part)?.strip_suffix('.'));
+    let Some(name) = layer_of_part.filter(|name| checkpoint.has(&format!("{name}.{}", parts[0]))) else {
         return Some(dense_weight(tensor));
     };
-    let parts = GPTQ_PARTS.iter().filter_map(|part| checkpoint.raw(&format!("{name}.{part}")).ok());
-    let bytes = tensor.data.len() + parts.map(|part| part.data.len()).sum::<usize>();
-    let in_features = words * 32 / quantization.bits as usize;
-    let dtype = format!("INT{}", quantization.bits);
-    let mut weight = Weight::new(name, layer(name), dtype, &[out_features, in_features], bytes);
-    weight.group_size = Some(quantization.group_size.inputs(in_features));
+    // What the metadata or the other tensors do not explain is shown as it lies there.
+    let (Some(settings), Some(shape)) =
+        (quantization.settings_of(name), quantization.shape_of(checkpoint, name))
+    else {
+        return Some(dense_weight(tensor));
+    };
+    if !tensor.name.ends_with(parts[0]) {
+        return None;
+    }
+    let tensors = parts.iter().filter_map(|part| checkpoint.raw(&format!("{name}.{part}")).ok());
+    let bytes = tensors.map(|tensor| tensor.data.len()).sum();
+    let mut weight = Weight::new(name, layer(name), format!("INT{}", settings.bits), &shape, bytes);
+    weight.group_size = Some(settings.group_size.inputs(shape[1]));
     Some(weight)
 }
 

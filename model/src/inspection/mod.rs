@@ -1,6 +1,6 @@
 //! What a model holds: shape, weights, quantization, tokenizer; for people and for scripts.
 //!
-//! A weight is what one name stands for: the four tensors of a GPTQ layer are one weight of the matrix's own shape.
+//! A weight is what one name stands for: the tensors of a quantized layer are one weight of the matrix's own shape.
 //! Bits per weight are all bytes of its tensors, scales and indices included, over the elements of the matrix.
 
 mod directory;

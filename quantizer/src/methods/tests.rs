@@ -9,7 +9,7 @@ use crate::grid::{Affine, Grid};
 use crate::hessian::{Hessian, HessianSum};
 use crate::settings::{GptqSettings, Method, RangeSearch, Settings};
 use crate::threads::Threads;
-use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::formats::{Format, GptqVersion, GroupSize};
 
 fn settings(symmetric: bool, range: RangeSearch) -> Settings {
     Settings {
@@ -18,7 +18,7 @@ fn settings(symmetric: bool, range: RangeSearch) -> Settings {
         group_size: GroupSize::Inputs(16),
         symmetric,
         range,
-        version: GptqVersion::V1,
+        format: Format::Gptq(GptqVersion::V1),
         threads: 2,
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::tensor::QuantizedMatrix;
-use nibble_model::formats::{GptqVersion, GroupSize};
+use nibble_model::formats::{Format, GptqVersion, GroupSize};
 use nibble_model::forward::{Batch, Model};
 use nibble_model::tokenizer::Tokenizer;
 use safetensors::Dtype;
@@ -109,7 +109,7 @@ fn settings(method: Method) -> Settings {
         group_size: GroupSize::Inputs(32),
         symmetric: false,
         range: RangeSearch::MeanSquare,
-        version: GptqVersion::V1,
+        format: Format::Gptq(GptqVersion::V1),
         threads: 2,
     }
 }
@@ -192,10 +192,17 @@ fn what_is_written_reads_back_as_the_matrix_that_was_measured() {
         [GroupSize::Inputs(32), GroupSize::Inputs(64), GroupSize::Inputs(128), GroupSize::PerChannel];
     for (index, group_size) in groups.into_iter().enumerate() {
         for symmetric in [false, true] {
-            for (bits, version) in [(4, GptqVersion::V1), (4, GptqVersion::V2), (8, GptqVersion::V1)] {
+            for (bits, format) in [
+                (4, Format::Gptq(GptqVersion::V1)),
+                (3, Format::Gptq(GptqVersion::V2)),
+                (8, Format::Gptq(GptqVersion::V1)),
+                (4, Format::Awq),
+                (3, Format::CompressedTensors),
+                (4, Format::CompressedTensors),
+            ] {
                 let settings =
-                    Settings { group_size, symmetric, bits, version, ..settings(Method::RoundToNearest) };
-                let out = parent.path().join(format!("{index}-{symmetric}-{bits}-{}", version.name()));
+                    Settings { group_size, symmetric, bits, format, ..settings(Method::RoundToNearest) };
+                let out = parent.path().join(format!("{index}-{symmetric}-{bits}-{format:?}"));
                 let report = run(&checkpoint, &out, &settings, None).unwrap();
                 let written = Checkpoint::open(&out).unwrap();
                 for role in LinearRole::ALL {
