@@ -1,9 +1,10 @@
 //! The OpenAI HTTP API and metrics, over the engine.
 //!
 //! The way of a request: `observe` names it, `openai::fields` takes its body apart, `validation` makes a
-//! [`validation::ValidRequest`] of it, `generation` submits it and turns tokens into text, and the endpoint
-//! writes that as one body or through `stream` as events. Nothing here runs on the engine thread but the
-//! sink that puts an event into a channel.
+//! [`validation::ValidRequest`] of it, with a constraint by `grammar` if the answer must have a form, `generation`
+//! submits it and turns tokens into text, and the endpoint writes that, with the calls that `tools` finds in it,
+//! as one body or through `stream` as events. The engine calls back the sink that puts an event into a channel, and
+//! beside each step the constraints.
 #![forbid(unsafe_code)]
 
 mod app;
@@ -11,6 +12,7 @@ mod auth;
 mod generation;
 mod grammar;
 mod health;
+mod messages;
 mod metrics;
 mod observe;
 mod openai;

