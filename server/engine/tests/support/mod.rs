@@ -1,6 +1,8 @@
 //! Sinks that remember, and a runner whose logits are known in advance.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod requests;
+
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
