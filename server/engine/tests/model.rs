@@ -9,67 +9,10 @@ use nibble_engine::{Engine, EngineConfig, EngineStats, ModelRunner, Request, Sam
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
-use safetensors::tensor::{Dtype, TensorView};
+use nibble_tests::tiny_model::{TinyModel, VOCABULARY};
 use support::{Completion, Stream, gated, mix};
 
-const VOCABULARY: usize = 96;
-const HIDDEN: usize = 48;
-const INTERMEDIATE: usize = 80;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 16;
-const LAYERS: usize = 2;
 const MAX_POSITIONS: usize = 128;
-
-/// Reproducible values in -0.5..0.5.
-fn random(count: usize, seed: u64) -> Vec<f32> {
-    (0..count as u64).map(|at| (mix(seed << 32, at) >> 40) as f32 / (1u64 << 24) as f32 - 0.5).collect()
-}
-
-/// A Llama of random weights.
-fn write_model(directory: &Path) {
-    let (query, key) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    let mut shapes = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
-        ("model.norm.weight".to_owned(), vec![HIDDEN]),
-    ];
-    for layer in 0..LAYERS {
-        for (name, shape) in [
-            ("input_layernorm", vec![HIDDEN]),
-            ("post_attention_layernorm", vec![HIDDEN]),
-            ("self_attn.q_proj", vec![query, HIDDEN]),
-            ("self_attn.k_proj", vec![key, HIDDEN]),
-            ("self_attn.v_proj", vec![key, HIDDEN]),
-            ("self_attn.o_proj", vec![HIDDEN, query]),
-            ("mlp.gate_proj", vec![INTERMEDIATE, HIDDEN]),
-            ("mlp.up_proj", vec![INTERMEDIATE, HIDDEN]),
-            ("mlp.down_proj", vec![HIDDEN, INTERMEDIATE]),
-        ] {
-            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
-        }
-    }
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .enumerate()
-        .map(|(index, (name, shape))| {
-            let values = random(shape.iter().product(), index as u64 + 1);
-            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            (name, shape, bytes)
-        })
-        .collect();
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).expect("shape and bytes agree"))
-    });
-    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).expect("written");
-    let config = format!(
-        r#"{{"architectures":["LlamaForCausalLM"],"vocab_size":{VOCABULARY},"hidden_size":{HIDDEN},
-        "intermediate_size":{INTERMEDIATE},"num_hidden_layers":{LAYERS},"num_attention_heads":{HEADS},
-        "num_key_value_heads":{KV_HEADS},"head_dim":{HEAD_DIM},"rms_norm_eps":1e-5,"rope_theta":10000.0,
-        "max_position_embeddings":256,"tie_word_embeddings":true,"hidden_act":"silu",
-        "torch_dtype":"float32","bos_token_id":1,"eos_token_id":2}}"#
-    );
-    std::fs::write(directory.join("config.json"), config).expect("written");
-}
 
 /// Request number `seed`: its prompt is of some length, its completion of another.
 fn request(seed: u64) -> Request {
@@ -128,7 +71,7 @@ fn run(
 #[test]
 fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preempted_and_cached() {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    write_model(directory.path());
+    TinyModel::named("llama").write(directory.path());
     let seeds: Vec<u64> = (0..17).collect();
     let alone: Vec<Completion> = seeds
         .iter()
