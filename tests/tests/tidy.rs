@@ -104,9 +104,11 @@ fn unsafe_lives_in_the_listed_files_only() {
 #[test]
 fn nothing_is_left_unfinished_or_silenced() {
     for (path, text) in sources().into_iter().filter(|(path, _)| !path.ends_with("tidy.rs")) {
-        for word in ["todo!(", "unimplemented!(", "FIXME", "#[ignore", "allow(dead_code)", "dbg!("] {
+        for word in ["todo!(", "unimplemented!(", "FIXME", "#[ignore", "dbg!("] {
             assert!(!text.contains(word), "{path} contains {word}");
         }
+        // What several test programs share, each of them uses in part.
+        assert!(is_test(&path) || !text.contains("allow(dead_code"), "{path} silences dead code");
     }
 }
 
