@@ -12,8 +12,9 @@
 //! Every matrix is quantized for the inputs it will get, those of the quantized layers before it. Held in memory:
 //! the layer's weights, one Hessian with its factorization, two hidden states for each calibration token.
 
-mod activations;
 mod matrix;
+mod states;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -25,13 +26,13 @@ use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
 use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, check_dense};
 
-use self::activations::{Activations, LinearInput};
 use self::matrix::{InputStatistics, quantize_matrix};
+use self::streams::{LayerPair, LinearInput, Streams};
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
 use crate::output;
 use crate::report::{MatrixReport, Report};
-use crate::settings::{Method, Settings};
+use crate::settings::{GptqSettings, Method, Settings};
 use crate::threads::Threads;
 
 /// How far quantization has come.
@@ -79,24 +80,35 @@ pub fn quantize<B: Backend>(
     output::write_files(checkpoint, &mut writer, &quantization)?;
     output::copy_tensors(checkpoint, &mut writer, &quantized)?;
 
-    let mut activations = match calibration {
-        Some(calibration) => Some(Activations::embed(backend, checkpoint, calibration)?),
+    let correct = matches!(settings.method, Method::Gptq(GptqSettings { correction: true, .. }));
+    let mut streams = match calibration {
+        Some(calibration) => {
+            let spill = out.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+            let limit = settings.memory_limit;
+            Some(Streams::embed(backend, checkpoint, calibration, correct, limit, spill)?)
+        }
         None => None,
     };
     let mut bits = 0.0;
     let mut weights = 0.0;
     let mut report = Vec::with_capacity(quantized.len());
     for index in 0..config.layers {
-        let mut layer = match &activations {
-            Some(activations) => Some(DecoderLayer::load(activations.backend(), checkpoint, index)?),
+        let mut layer = match &streams {
+            Some(streams) => Some(LayerPair {
+                quantized: DecoderLayer::load(streams.backend(), checkpoint, index)?,
+                original: match correct {
+                    true => Some(DecoderLayer::load(streams.backend(), checkpoint, index)?),
+                    false => None,
+                },
+            }),
             None => None,
         };
         for input in LinearInput::ALL {
-            let statistics = match (&mut activations, &layer) {
-                (Some(activations), Some(layer)) => {
-                    let hessian = activations.hessian(layer, input, &threads)?;
+            let statistics = match (&mut streams, &layer) {
+                (Some(streams), Some(layer)) => {
+                    let (hessian, drift) = streams.statistics(layer, input, &threads)?;
                     let name = input.roles()[0].spec(config, index).name;
-                    InputStatistics::new(hessian, settings, &name, &threads)?
+                    InputStatistics::new(hessian, drift, settings, &name, &threads)?
                 }
                 _ => InputStatistics::Unknown,
             };
@@ -119,13 +131,13 @@ pub fn quantize<B: Backend>(
                     matrices: quantized.len(),
                     matrix: &report[report.len() - 1],
                 });
-                if let (Some(activations), Some(layer)) = (&activations, &mut layer) {
-                    layer.replace(role, pack(activations.backend(), checkpoint, &spec, matrix)?);
+                if let (Some(streams), Some(layer)) = (&streams, &mut layer) {
+                    layer.quantized.replace(role, pack(streams.backend(), checkpoint, &spec, matrix)?);
                 }
             }
         }
-        if let (Some(activations), Some(layer)) = (&mut activations, &layer) {
-            activations.finish_layer(layer)?;
+        if let (Some(streams), Some(layer)) = (&mut streams, &layer) {
+            streams.finish_layer(layer)?;
         }
     }
     writer.finish()?;

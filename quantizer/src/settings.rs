@@ -29,6 +29,8 @@ pub struct Settings {
     pub range: RangeSearch,
     /// The format of the written checkpoint.
     pub format: Format,
+    /// Bytes of calibration states above which they are kept in files beside the output.
+    pub memory_limit: u64,
     /// Threads of the linear algebra. The result does not depend on it.
     pub threads: usize,
 }
@@ -52,6 +54,8 @@ pub struct GptqSettings {
     pub activation_order: bool,
     /// How often each code and scale is set again to its best value while all others stay.
     pub refinement_sweeps: usize,
+    /// Whether weights move, before they are rounded, to those that make up for the errors of the layers before.
+    pub correction: bool,
 }
 
 /// How the range of a group is found.

@@ -45,6 +45,13 @@ pub(crate) struct QuantizeArguments {
     /// How often each code and scale is set again to its best value while all others stay (gptq).
     #[arg(long, value_name = "SWEEPS", default_value_t = 4)]
     refine: usize,
+    /// Let the weights of each layer make up for the errors of the layers before it (gptq).
+    #[arg(long, num_args = 0..=1, default_value_t = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(action = clap::ArgAction::Set)]
+    correct: bool,
+    /// Calibration states larger than this are kept in a file beside OUT, such as 4GB.
+    #[arg(long, value_name = "BYTES", default_value = "4GB", value_parser = crate::memory::parse_bytes)]
+    memory_limit: u64,
     /// How the range of a group is found: min-max clips nothing (default of rtn), mse has the least squared
     /// error (default of gptq).
     #[arg(long, value_enum)]
@@ -131,6 +138,7 @@ impl QuantizeArguments {
                     damping: self.damp,
                     activation_order: self.desc_act,
                     refinement_sweeps: self.refine,
+                    correction: self.correct,
                 }),
             },
             bits: self.bits,
@@ -147,6 +155,7 @@ impl QuantizeArguments {
                 (FormatArgument::Awq, _) => Format::Awq,
                 (FormatArgument::CompressedTensors, _) => Format::CompressedTensors,
             },
+            memory_limit: self.memory_limit,
             threads: self.device.threads(),
         }
     }

@@ -155,6 +155,26 @@ impl<B: Backend> LayerRunner<B> {
         Ok(self.backend.read(&self.activations.gated, 0..elements, gated)?)
     }
 
+    /// Adds the down projection of `gated`, `[tokens, intermediate_size]`, to `hidden`.
+    ///
+    /// # Errors
+    /// When the sequence is longer than this runner was made for, or a buffer has another length.
+    pub fn add_gated(
+        &mut self,
+        layer: &DecoderLayer<B>,
+        gated: &[f32],
+        hidden: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let tokens = self.start(hidden)?;
+        KernelError::check("add_gated", "gated", gated.len(), tokens * self.config.intermediate_size)?;
+        self.backend.write(gated, &mut self.activations.gated)?;
+        layer.project_gated(
+            &context(&self.backend, &self.config, &self.rotary, &self.step),
+            &mut self.activations,
+        )?;
+        self.add(hidden)
+    }
+
     /// Adds the feed-forward block of `layer` to `hidden`.
     ///
     /// # Errors

@@ -20,6 +20,7 @@
 //! <https://arxiv.org/abs/2210.17323>.
 
 use faer::linalg::matmul::matmul;
+use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
@@ -63,6 +64,43 @@ impl InverseFactor {
             damping *= DAMPING_FACTOR;
         }
         Err(damping / DAMPING_FACTOR)
+    }
+
+    /// Number of inputs.
+    pub(crate) fn inputs(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Multiplies each of `rows`, row-major `[any, inputs]`, inputs in their own order, by `(H + damping)^-1`.
+    pub(crate) fn solve(&self, rows: &mut [f32], par: Par) {
+        let inputs = self.inputs();
+        let count = rows.len() / inputs.max(1);
+        let mut ordered: Vec<f32> = rows
+            .par_chunks_exact(inputs)
+            .flat_map_iter(|row| self.order.iter().map(|&input| row[input]))
+            .collect();
+        let mut half = vec![0.0f32; rows.len()];
+        let upper = MatRef::from_row_major_slice(&self.upper, inputs, inputs);
+        let multiply = |from: &[f32], by: MatRef<'_, f32>, structure, to: &mut [f32]| {
+            triangular::matmul(
+                MatMut::from_row_major_slice_mut(to, count, inputs),
+                BlockStructure::Rectangular,
+                Accum::Replace,
+                MatRef::from_row_major_slice(from, count, inputs),
+                BlockStructure::Rectangular,
+                by,
+                structure,
+                1.0,
+                par,
+            );
+        };
+        multiply(&ordered, upper.transpose(), BlockStructure::TriangularLower, &mut half);
+        multiply(&half, upper, BlockStructure::TriangularUpper, &mut ordered);
+        rows.par_chunks_exact_mut(inputs).zip(ordered.par_chunks_exact(inputs)).for_each(|(row, ordered)| {
+            for (&input, &value) in self.order.iter().zip(ordered) {
+                row[input] = value;
+            }
+        });
     }
 
     fn diagonal(&self, index: usize) -> f32 {

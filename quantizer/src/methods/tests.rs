@@ -1,7 +1,9 @@
 //! RTN and GPTQ against plain loops, and against each other.
 
+use faer::Mat;
 use proptest::prelude::*;
 
+use super::correction::{Drift, correct};
 use super::gptq::{self, InverseFactor};
 use super::refine::{Target, refine};
 use super::{Weights, assemble, rtn};
@@ -19,6 +21,7 @@ fn settings(symmetric: bool, range: RangeSearch) -> Settings {
         symmetric,
         range,
         format: Format::Gptq(GptqVersion::V1),
+        memory_limit: u64::MAX,
         threads: 2,
     }
 }
@@ -173,7 +176,12 @@ fn gptq_gives_the_codes_of_the_textbook_loop() {
         for activation_order in [false, true] {
             for symmetric in [false, true] {
                 for range in [RangeSearch::MinMax, RangeSearch::MeanSquare] {
-                    let gptq = GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0 };
+                    let gptq = GptqSettings {
+                        damping: 0.01,
+                        activation_order,
+                        refinement_sweeps: 0,
+                        correction: true,
+                    };
                     let grid = Grid::new(&settings(symmetric, range));
                     let expected = textbook_gptq(weights, grid, group_size, &values, gptq);
                     let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
@@ -204,7 +212,8 @@ fn gptq_has_a_smaller_output_error_than_rounding_on_correlated_inputs() {
         };
         let rounded = error(rtn::quantize(weights, grid, group_size, &[1.0; 192]));
         for activation_order in [false, true] {
-            let gptq = GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0 };
+            let gptq =
+                GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0, correction: true };
             let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
             let found = error(threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)));
             assert!(found < 0.5 * rounded, "{found} {rounded}"); // measured 0.1 to 0.2
@@ -221,7 +230,8 @@ fn refinement_lowers_the_output_error_in_every_sweep_and_stays_on_the_grid() {
         let (values, weights) = (correlated_inputs(600, inputs, 3), random(outputs * inputs, 4));
         let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
         let hessian = hessian(&values, inputs, &threads);
-        let gptq = GptqSettings { damping: 1e-4, activation_order: true, refinement_sweeps: 0 };
+        let gptq =
+            GptqSettings { damping: 1e-4, activation_order: true, refinement_sweeps: 0, correction: true };
         let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
         for symmetric in [false, true] {
             let grid = Grid::new(&settings(symmetric, RangeSearch::MeanSquare));
@@ -261,7 +271,8 @@ fn one_thread_and_three_give_the_same_bits() {
     let run = |count: usize| {
         let threads = Threads::new(count).unwrap();
         let hessian = hessian(&values, inputs, &threads);
-        let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0 };
+        let gptq =
+            GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0, correction: true };
         let grid = Grid::new(&settings(false, RangeSearch::MeanSquare));
         let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
         let energy = threads.run(|par| hessian.energy(weights.values, par));
@@ -281,7 +292,7 @@ fn an_input_that_calibration_never_saw_is_rounded_to_nearest() {
     let weights = random(outputs * inputs, 2);
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
-    let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0 };
+    let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0, correction: true };
     let grid = Grid::new(&settings(false, RangeSearch::MinMax));
     let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
     let (codes, grids) = threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
@@ -296,13 +307,15 @@ fn damping_is_raised_until_the_hessian_can_be_factored() {
     let threads = Threads::new(1).unwrap();
     let values = vec![1.0; 64];
     let rank_one = hessian(&values, 64, &threads);
-    let settings = GptqSettings { damping: 1e-24, activation_order: true, refinement_sweeps: 0 };
+    let settings =
+        GptqSettings { damping: 1e-24, activation_order: true, refinement_sweeps: 0, correction: true };
     let factor = threads.run(|par| InverseFactor::new(&rank_one, settings, par));
     assert!(
         factor.is_err_and(|largest| largest < 1e-18),
         "no damping up to 1e-19 makes this positive definite"
     );
-    let settings = GptqSettings { damping: 1e-16, activation_order: true, refinement_sweeps: 0 };
+    let settings =
+        GptqSettings { damping: 1e-16, activation_order: true, refinement_sweeps: 0, correction: true };
     let factor = threads
         .run(|par| InverseFactor::new(&rank_one, settings, par))
         .unwrap_or_else(|damping| panic!("not even {damping}"));
@@ -362,4 +375,66 @@ proptest! {
         let (covering, searched) = (error(RangeSearch::MinMax), error(RangeSearch::MeanSquare));
         prop_assert!(searched <= covering * 1.0001 + 1e-12, "{searched} {covering}");
     }
+}
+
+/// `left^T right` of tokens, in `f64`: `[left inputs, right inputs]`.
+fn product(left: &[f32], rows: usize, right: &[f32], columns: usize) -> Mat<f32> {
+    Mat::from_fn(rows, columns, |row, column| {
+        let tokens = left.chunks_exact(rows).zip(right.chunks_exact(columns));
+        tokens.map(|(left, right)| f64::from(left[row]) * f64::from(right[column])).sum::<f64>() as f32
+    })
+}
+
+#[test]
+fn corrected_weights_give_the_outputs_of_the_original_for_inputs_that_have_drifted() {
+    let threads = Threads::new(2).unwrap();
+    let (outputs, inputs, tokens) = (8, 48, 900);
+    let original = correlated_inputs(tokens, inputs, 1);
+    // The drift depends on the inputs, as rounding errors of earlier layers do, and has a part that does not.
+    let noise = random(tokens * inputs, 7);
+    let drifted: Vec<f32> = original
+        .chunks_exact(inputs)
+        .zip(noise.chunks_exact(inputs))
+        .flat_map(|(token, noise)| {
+            (0..inputs).map(move |input| {
+                0.9 * token[input] + 0.3 * token[(input + 5) % inputs] + 0.05 * noise[input]
+            })
+        })
+        .collect();
+    let weights = random(outputs * inputs, 5);
+    let hessian = hessian(&drifted, inputs, &threads);
+    for activation_order in [false, true] {
+        let settings =
+            GptqSettings { damping: 1e-4, activation_order, refinement_sweeps: 0, correction: true };
+        let factor = threads.run(|par| InverseFactor::new(&hessian, settings, par)).unwrap();
+        let difference: Vec<f32> = original.iter().zip(&drifted).map(|(o, d)| o - d).collect();
+        let wanted_outputs = outputs_of(&weights, &original, inputs);
+        let errors: Vec<f32> =
+            wanted_outputs.iter().zip(outputs_of(&weights, &drifted, inputs)).map(|(a, b)| a - b).collect();
+        let mut found = Vec::new();
+        for drift in [
+            Drift::OfInputs(product(&difference, inputs, &drifted, inputs)),
+            Drift::OfOutputs(product(&errors, outputs, &drifted, inputs)),
+        ] {
+            let mut corrected = weights.clone();
+            threads.run(|par| correct(&mut corrected, &drift, &factor, par));
+            let left = distance(&outputs_of(&corrected, &drifted, inputs), &wanted_outputs);
+            let before = distance(&outputs_of(&weights, &drifted, inputs), &wanted_outputs);
+            assert!(left < 0.05 * before, "{left} {before}");
+            found.push(corrected);
+        }
+        assert!(distance(&found[0], &found[1]) < 1e-6 * distance(&found[0], &vec![0.0; weights.len()]));
+    }
+}
+
+/// `W x` of each token, `[tokens, outputs]`.
+fn outputs_of(weights: &[f32], values: &[f32], inputs: usize) -> Vec<f32> {
+    let of_token = |token: &[f32]| -> Vec<f32> {
+        weights.chunks_exact(inputs).map(|row| row.iter().zip(token).map(|(w, x)| w * x).sum()).collect()
+    };
+    values.chunks_exact(inputs).flat_map(of_token).collect()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
 }

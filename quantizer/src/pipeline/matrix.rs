@@ -7,6 +7,7 @@ use nibble_model::forward::LinearSpec;
 use crate::error::QuantizeError;
 use crate::grid::Grid;
 use crate::hessian::Hessian;
+use crate::methods::correction::{Drift, correct};
 use crate::methods::gptq::InverseFactor;
 use crate::methods::refine::{Target, refine};
 use crate::methods::{Weights, assemble, gptq, rtn};
@@ -20,13 +21,14 @@ pub(super) enum InputStatistics {
     /// Enough to measure an output error.
     Measured(Hessian),
     /// Enough for GPTQ.
-    Factored { hessian: Hessian, factor: InverseFactor, settings: GptqSettings },
+    Factored { hessian: Hessian, factor: InverseFactor, drift: Option<Drift>, settings: GptqSettings },
 }
 
 impl InputStatistics {
     /// What `settings.method` needs to know; `name` is the first linear layer that multiplies the input.
     pub(super) fn new(
         hessian: Hessian,
+        drift: Option<Drift>,
         settings: &Settings,
         name: &str,
         threads: &Threads,
@@ -51,7 +53,7 @@ impl InputStatistics {
                 "the Hessian is not positive definite; damping was raised"
             );
         }
-        Ok(Self::Factored { hessian, factor, settings })
+        Ok(Self::Factored { hessian, factor, drift, settings })
     }
 
     /// The weighted sum of squares of the rows of `difference`: of outputs, where inputs are known.
@@ -74,7 +76,7 @@ pub(super) fn quantize_matrix(
     threads: &Threads,
 ) -> Result<(QuantizedMatrix, f64), QuantizeError> {
     let (outputs, inputs) = (spec.out_features, spec.in_features);
-    let values = checkpoint.dense(&format!("{}.weight", spec.name), outputs, inputs)?.to_f32();
+    let mut values = checkpoint.dense(&format!("{}.weight", spec.name), outputs, inputs)?.to_f32();
     if let Some(position) = values.iter().position(|value| !value.is_finite()) {
         let (output, input) = (position / inputs, position % inputs);
         return Err(QuantizeError::NotFinite {
@@ -84,11 +86,14 @@ pub(super) fn quantize_matrix(
             help: "the checkpoint is damaged; fetch or import it again",
         });
     }
+    if let InputStatistics::Factored { factor, drift: Some(drift), .. } = statistics {
+        threads.run(|par| correct(&mut values, drift, factor, par));
+    }
     let weights = Weights { out_features: outputs, in_features: inputs, values: &values };
     let group_size = settings.group_size.inputs(inputs);
     let grid = Grid::new(settings);
     let (codes, grids) = threads.run(|par| match statistics {
-        InputStatistics::Factored { hessian, factor, settings } => {
+        InputStatistics::Factored { hessian, factor, settings, .. } => {
             let (mut codes, mut grids) = gptq::quantize(weights, grid, group_size, factor, par);
             let target = Target { weights, group_size, hessian, damping: factor.damping };
             refine(target, settings.refinement_sweeps, &mut codes, &mut grids, par);

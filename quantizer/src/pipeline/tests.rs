@@ -110,12 +110,17 @@ fn settings(method: Method) -> Settings {
         symmetric: false,
         range: RangeSearch::MeanSquare,
         format: Format::Gptq(GptqVersion::V1),
+        memory_limit: u64::MAX,
         threads: 2,
     }
 }
 
-const GPTQ: Method =
-    Method::Gptq(GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 2 });
+const GPTQ: Method = Method::Gptq(GptqSettings {
+    damping: 0.01,
+    activation_order: true,
+    refinement_sweeps: 2,
+    correction: true,
+});
 
 fn run(
     checkpoint: &Checkpoint,
@@ -239,7 +244,8 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing() {
     assert!(bits.contains("--bits"), "{bits}");
     let uncalibrated = refused(&checkpoint, &settings(GPTQ));
     assert!(uncalibrated.contains("--calibration"), "{uncalibrated}");
-    let undamped = GptqSettings { damping: 0.0, activation_order: true, refinement_sweeps: 0 };
+    let undamped =
+        GptqSettings { damping: 0.0, activation_order: true, refinement_sweeps: 0, correction: true };
     let undamped = refused(&checkpoint, &settings(Method::Gptq(undamped)));
     assert!(undamped.contains("--damp"), "{undamped}");
 

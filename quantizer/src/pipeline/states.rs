@@ -1,0 +1,117 @@
+//! One vector for every calibration token: in memory, or in a file when there are too many.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use nibble_model::error::CheckpointError;
+
+/// Vectors of `width` elements for the tokens of several sequences, a sequence at a time.
+pub(super) struct States {
+    width: usize,
+    /// Tokens of each sequence.
+    lengths: Vec<usize>,
+    store: Store,
+}
+
+enum Store {
+    Memory(Vec<Vec<f32>>),
+    /// An unnamed file in `directory`, the sequences one after the other: gone when the process ends.
+    File {
+        file: File,
+        directory: PathBuf,
+    },
+}
+
+impl States {
+    /// Zeros for sequences of these `lengths`, in a file in the directory `spill` if there is one.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub(super) fn new(
+        lengths: &[usize],
+        width: usize,
+        spill: Option<&Path>,
+    ) -> Result<Self, CheckpointError> {
+        let store = match spill {
+            None => Store::Memory(lengths.iter().map(|tokens| vec![0.0; tokens * width]).collect()),
+            Some(directory) => {
+                let error = || CheckpointError::io("create a file in", directory);
+                let file = tempfile::tempfile_in(directory).map_err(error())?;
+                let elements = lengths.iter().sum::<usize>() * width;
+                file.set_len((elements * size_of::<f32>()) as u64).map_err(error())?;
+                Store::File { file, directory: directory.to_owned() }
+            }
+        };
+        Ok(Self { width, lengths: lengths.to_vec(), store })
+    }
+
+    /// Copies the vectors of sequence `index` to `values`, `[tokens, width]`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub(super) fn read(&self, index: usize, values: &mut Vec<f32>) -> Result<(), CheckpointError> {
+        match &self.store {
+            Store::Memory(sequences) => values.clone_from(&sequences[index]),
+            Store::File { file, directory } => {
+                values.resize(self.lengths[index] * self.width, 0.0);
+                let mut file = file;
+                file.seek(SeekFrom::Start(self.offset(index)))
+                    .and_then(|_| file.read_exact(bytemuck::cast_slice_mut(values)))
+                    .map_err(CheckpointError::io("read calibration states from a file in", directory))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the vectors of sequence `index`.
+    ///
+    /// # Errors
+    /// When the file cannot be written: the disk is full.
+    pub(super) fn write(&mut self, index: usize, values: &[f32]) -> Result<(), CheckpointError> {
+        debug_assert_eq!(values.len(), self.lengths[index] * self.width);
+        let offset = self.offset(index);
+        match &mut self.store {
+            Store::Memory(sequences) => sequences[index].copy_from_slice(values),
+            Store::File { file, directory } => {
+                file.seek(SeekFrom::Start(offset))
+                    .and_then(|_| file.write_all(bytemuck::cast_slice(values)))
+                    .map_err(CheckpointError::io("write calibration states to a file in", directory))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the vectors of sequence `index` begin in the file, in bytes.
+    fn offset(&self, index: usize) -> u64 {
+        (self.lengths[..index].iter().sum::<usize>() * self.width * size_of::<f32>()) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_holds_what_memory_holds() {
+        let directory = tempfile::tempdir().unwrap();
+        let lengths = [3, 1, 2];
+        for spill in [None, Some(directory.path())] {
+            let mut states = States::new(&lengths, 4, spill).unwrap();
+            let values = |index: usize| -> Vec<f32> {
+                (0..lengths[index] * 4).map(|element| (index * 100 + element) as f32).collect()
+            };
+            let mut read = Vec::new();
+            states.read(1, &mut read).unwrap();
+            assert_eq!(read, [0.0; 4]);
+            for index in [2, 0, 1] {
+                states.write(index, &values(index)).unwrap();
+            }
+            for index in [1, 2, 0] {
+                states.read(index, &mut read).unwrap();
+                assert_eq!(read, values(index));
+            }
+        }
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,234 @@
+//! The calibration sequences on their way through the model: as the original computes them, and as the layers
+//! quantized so far do.
+
+use std::path::Path;
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par};
+use nibble_kernels::backend::Backend;
+use nibble_model::checkpoint::Checkpoint;
+use nibble_model::forward::{DecoderLayer, LayerRunner, LinearRole};
+
+use crate::calibration::Calibration;
+use crate::error::QuantizeError;
+use crate::hessian::{Hessian, HessianSum};
+use crate::methods::correction::Drift;
+use crate::pipeline::states::States;
+use crate::threads::Threads;
+
+/// The four inputs of a decoder layer that linear layers multiply, in the order they are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LinearInput {
+    Attention,
+    AttentionOutput,
+    FeedForward,
+    Gated,
+}
+
+impl LinearInput {
+    /// All of them, in the order they are computed.
+    pub(super) const ALL: [Self; 4] =
+        [Self::Attention, Self::AttentionOutput, Self::FeedForward, Self::Gated];
+
+    /// The linear layers that multiply it.
+    pub(super) fn roles(self) -> &'static [LinearRole] {
+        match self {
+            Self::Attention => &[LinearRole::Query, LinearRole::Key, LinearRole::Value],
+            Self::AttentionOutput => &[LinearRole::AttentionOutput],
+            Self::FeedForward => &[LinearRole::Gate, LinearRole::Up],
+            Self::Gated => &[LinearRole::Down],
+        }
+    }
+}
+
+/// A decoder layer that is being quantized.
+pub(super) struct LayerPair<B: Backend> {
+    /// With the linear layers that are quantized already, and the original ones where not.
+    pub(super) quantized: DecoderLayer<B>,
+    /// As it was, for the original stream.
+    pub(super) original: Option<DecoderLayer<B>>,
+}
+
+/// The residual streams of every calibration sequence at one place of the model.
+pub(super) struct Streams<B: Backend> {
+    runner: LayerRunner<B>,
+    widths: Widths,
+    sequences: usize,
+    /// The residual stream of the quantized layers, `hidden_size` wide.
+    hidden: States,
+    /// The input of the attention output projection, `heads * head_dim` wide.
+    attention: States,
+    /// The residual stream of the original layers, where errors are to be corrected.
+    original: Option<States>,
+}
+
+#[derive(Clone, Copy)]
+struct Widths {
+    hidden: usize,
+    attention: usize,
+    gated: usize,
+}
+
+impl Widths {
+    fn of(self, input: LinearInput) -> usize {
+        match input {
+            LinearInput::Attention | LinearInput::FeedForward => self.hidden,
+            LinearInput::AttentionOutput => self.attention,
+            LinearInput::Gated => self.gated,
+        }
+    }
+}
+
+impl<B: Backend> Streams<B> {
+    /// The embeddings of the calibration tokens, read row by row from the checkpoint.
+    ///
+    /// `with_original` says whether the original model's stream is kept beside. Streams of more than
+    /// `memory_limit` bytes are kept in files in the directory `spill`.
+    pub(super) fn embed(
+        backend: B,
+        checkpoint: &Checkpoint,
+        calibration: &Calibration,
+        with_original: bool,
+        memory_limit: u64,
+        spill: &Path,
+    ) -> Result<Self, QuantizeError> {
+        let config = checkpoint.config();
+        let (hidden, attention) = (config.hidden_size, config.heads * config.head_dim);
+        let widths = Widths { hidden, attention, gated: config.intermediate_size };
+        let lengths: Vec<usize> = calibration.sequences().iter().map(Vec::len).collect();
+        let elements = hidden * if with_original { 2 } else { 1 } + attention;
+        let bytes = (lengths.iter().sum::<usize>() * elements * size_of::<f32>()) as u64;
+        let spill = (bytes > memory_limit).then_some(spill);
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let mut streams = Self {
+            runner: LayerRunner::new(backend, config, longest)?,
+            widths,
+            sequences: lengths.len(),
+            hidden: States::new(&lengths, hidden, spill)?,
+            attention: States::new(&lengths, attention, spill)?,
+            original: if with_original { Some(States::new(&lengths, hidden, spill)?) } else { None },
+        };
+        let table = checkpoint.dense("model.embed_tokens.weight", config.vocabulary_size, hidden)?;
+        for (index, tokens) in calibration.sequences().iter().enumerate() {
+            let row = |&token: &u32| {
+                let first = token as usize * hidden;
+                (first..first + hidden).map(|element| table.values().get(element))
+            };
+            let embedded: Vec<f32> = tokens.iter().flat_map(row).collect();
+            streams.hidden.write(index, &embedded)?;
+            if let Some(original) = &mut streams.original {
+                original.write(index, &embedded)?;
+            }
+        }
+        Ok(streams)
+    }
+
+    /// The device.
+    pub(super) fn backend(&self) -> &B {
+        self.runner.backend()
+    }
+
+    /// Brings every sequence to `input`, by the linear layers before it as they now are, and sums its Hessian
+    /// and how far the quantized stream has drifted from the original there.
+    pub(super) fn statistics(
+        &mut self,
+        layer: &LayerPair<B>,
+        input: LinearInput,
+        threads: &Threads,
+    ) -> Result<(Hessian, Option<Drift>), QuantizeError> {
+        let Self { runner, widths, hidden, attention, original, .. } = self;
+        let LayerPair { quantized, original: original_layer } = layer;
+        let width = widths.of(input);
+        let mut sum = HessianSum::new(width);
+        // Of outputs where the layer's outputs are added to the residual stream, else of inputs.
+        let drift_rows = match input {
+            LinearInput::Attention | LinearInput::FeedForward => width,
+            LinearInput::AttentionOutput | LinearInput::Gated => widths.hidden,
+        };
+        let both = original.is_some() && original_layer.is_some();
+        let mut drift = Mat::<f32>::zeros(if both { drift_rows } else { 0 }, width);
+        let (mut stream, mut values) = (Vec::new(), Vec::new());
+        let (mut target, mut difference) = (Vec::new(), Vec::new());
+        for index in 0..self.sequences {
+            hidden.read(index, &mut stream)?;
+            values.resize(stream.len() / widths.hidden * width, 0.0);
+            match input {
+                LinearInput::Attention => runner.attention_input(quantized, &stream, &mut values)?,
+                LinearInput::AttentionOutput => {
+                    runner.attention(quantized, &stream, &mut values)?;
+                    attention.write(index, &values)?;
+                }
+                LinearInput::FeedForward => {
+                    attention.read(index, &mut difference)?;
+                    runner.add_attention(quantized, &difference, &mut stream)?;
+                    hidden.write(index, &stream)?;
+                    runner.feed_forward_input(quantized, &stream, &mut values)?;
+                }
+                LinearInput::Gated => runner.gated(quantized, &stream, &mut values)?,
+            }
+            threads.run(|par| sum.add(&values, par));
+            let (Some(original), Some(layer)) = (&mut *original, original_layer) else { continue };
+            original.read(index, &mut target)?;
+            match input {
+                LinearInput::Attention => {
+                    difference.resize(target.len(), 0.0);
+                    runner.attention_input(layer, &target, &mut difference)?;
+                    subtract(&mut difference, &values);
+                }
+                LinearInput::FeedForward => {
+                    difference.resize(target.len(), 0.0);
+                    runner.feed_forward_input(layer, &target, &mut difference)?;
+                    subtract(&mut difference, &values);
+                }
+                LinearInput::AttentionOutput => {
+                    difference.resize(values.len(), 0.0);
+                    runner.attention(layer, &target, &mut difference)?;
+                    runner.add_attention(layer, &difference, &mut target)?;
+                    original.write(index, &target)?;
+                    runner.add_attention(quantized, &values, &mut stream)?;
+                    difference.clone_from(&target);
+                    subtract(&mut difference, &stream);
+                }
+                LinearInput::Gated => {
+                    runner.add_feed_forward(layer, &mut target)?;
+                    original.write(index, &target)?;
+                    runner.add_gated(quantized, &values, &mut stream)?;
+                    difference.clone_from(&target);
+                    subtract(&mut difference, &stream);
+                }
+            }
+            threads.run(|par| add_product(&mut drift, &difference, &values, par));
+        }
+        let drift = both.then(|| match input {
+            LinearInput::Attention | LinearInput::FeedForward => Drift::OfInputs(drift),
+            LinearInput::AttentionOutput | LinearInput::Gated => Drift::OfOutputs(drift),
+        });
+        Ok((sum.finish(), drift))
+    }
+
+    /// Brings the quantized stream of every sequence to the end of `layer`, all of whose inputs it has passed.
+    pub(super) fn finish_layer(&mut self, layer: &LayerPair<B>) -> Result<(), QuantizeError> {
+        let mut stream = Vec::new();
+        for index in 0..self.sequences {
+            self.hidden.read(index, &mut stream)?;
+            self.runner.add_feed_forward(&layer.quantized, &mut stream)?;
+            self.hidden.write(index, &stream)?;
+        }
+        Ok(())
+    }
+}
+
+fn subtract(from: &mut [f32], values: &[f32]) {
+    for (from, value) in from.iter_mut().zip(values) {
+        *from -= value;
+    }
+}
+
+/// Adds `left^T right` for row-major `left` `[tokens, rows]` and `right` `[tokens, columns]`.
+fn add_product(sum: &mut Mat<f32>, left: &[f32], right: &[f32], par: Par) {
+    let (rows, columns) = (sum.nrows(), sum.ncols());
+    let tokens = right.len() / columns.max(1);
+    let left = MatRef::from_row_major_slice(left, tokens, rows).transpose();
+    let right = MatRef::from_row_major_slice(right, tokens, columns);
+    matmul(sum.as_mut(), Accum::Add, left, right, 1.0, par);
+}
