@@ -67,6 +67,16 @@ pub enum QuantizeError {
         /// The largest damping tried.
         damping: f64,
     },
+    /// The journal of an earlier run cannot be used.
+    #[error("{} {found}; {help}", directory.display())]
+    Journal {
+        /// The journal.
+        directory: PathBuf,
+        /// What is wrong with it.
+        found: String,
+        /// What to do.
+        help: String,
+    },
     /// The operating system gives no threads.
     #[error("cannot start {threads} threads: {problem}; give a smaller --threads")]
     Threads {

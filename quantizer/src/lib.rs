@@ -9,6 +9,7 @@ pub mod calibration;
 mod error;
 mod grid;
 mod hessian;
+mod journal;
 mod methods;
 mod output;
 mod pipeline;
@@ -18,6 +19,6 @@ mod threads;
 
 pub use calibration::Calibration;
 pub use error::QuantizeError;
-pub use pipeline::{Progress, quantize};
+pub use pipeline::{Progress, RunOptions, quantize};
 pub use report::{MatrixReport, Report};
 pub use settings::{GptqSettings, Method, RangeSearch, Settings};

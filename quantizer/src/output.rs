@@ -1,12 +1,13 @@
 //! The files of a quantized checkpoint that are not quantized weights.
 
-use std::collections::HashSet;
-
-use nibble_model::checkpoint::{Checkpoint, CheckpointWriter};
+use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorInfo};
 use nibble_model::error::CheckpointError;
 use nibble_model::formats::QuantizationConfig;
+use nibble_model::forward::LinearRole;
 use serde_json::{Map, Value};
 
+/// What the names of all decoder layers' tensors begin with; the layer's number follows.
+const LAYERS: &str = "model.layers.";
 /// Files that are the same for the quantized model.
 const COPIED: [&str; 13] = [
     "generation_config.json",
@@ -24,13 +25,32 @@ const COPIED: [&str; 13] = [
     "NOTICE",
 ];
 
-/// Copies every tensor but the weights `quantized`.
-pub(crate) fn copy_tensors(
+/// Copies every tensor that is not part of a decoder layer.
+pub(crate) fn copy_shared_tensors(
     checkpoint: &Checkpoint,
     writer: &mut CheckpointWriter,
-    quantized: &HashSet<String>,
 ) -> Result<(), CheckpointError> {
-    for tensor in checkpoint.tensors().filter(|tensor| !quantized.contains(tensor.name)) {
+    copy_tensors(checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(LAYERS)), writer)
+}
+
+/// Copies the tensors of decoder layer `index` but the weights of its linear layers.
+pub(crate) fn copy_layer_tensors(
+    checkpoint: &Checkpoint,
+    index: usize,
+    writer: &mut CheckpointWriter,
+) -> Result<(), CheckpointError> {
+    let prefix = format!("{LAYERS}{index}.");
+    let weights = LinearRole::ALL.map(|role| role.spec(checkpoint.config(), index).weight_name());
+    let tensors = checkpoint.tensors().filter(|tensor| tensor.name.starts_with(&prefix));
+    copy_tensors(tensors.filter(|tensor| !weights.iter().any(|weight| weight == tensor.name)), writer)
+}
+
+/// Copies `tensors` as they are.
+pub(crate) fn copy_tensors<'a>(
+    tensors: impl Iterator<Item = TensorInfo<'a>>,
+    writer: &mut CheckpointWriter,
+) -> Result<(), CheckpointError> {
+    for tensor in tensors {
         writer.tensor(tensor.name, tensor.dtype, tensor.shape, tensor.data)?;
     }
     Ok(())

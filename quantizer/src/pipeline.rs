@@ -10,7 +10,9 @@
 //! ```
 //!
 //! Every matrix is quantized for the inputs it will get, those of the quantized layers before it. Held in memory:
-//! the layer's weights, one Hessian with its factorization, two hidden states for each calibration token.
+//! the layer's weights, one Hessian with its factorization, two hidden states for each calibration token and three
+//! where errors are corrected. What is finished is in the [journal](crate::journal); the output is put together
+//! from it at the end.
 
 mod matrix;
 mod states;
@@ -18,18 +20,20 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
 use std::path::Path;
+use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
+use nibble_model::formats::QuantizationConfig;
 use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, check_dense};
 
 use self::matrix::{InputStatistics, quantize_matrix};
 use self::streams::{LayerPair, LinearInput, Streams};
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
+use crate::journal::{self, Journal};
 use crate::output;
 use crate::report::{MatrixReport, Report};
 use crate::settings::{GptqSettings, Method, Settings};
@@ -46,23 +50,35 @@ pub struct Progress<'a> {
     pub matrix: &'a MatrixReport,
 }
 
+/// How a run is done, without influence on its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Whether to go on with a run of the same output that did not finish.
+    pub resume: bool,
+    /// How much time passes between two states that a run can be resumed from.
+    pub journal_interval: Duration,
+    /// Bytes of calibration states above which they are kept in files beside the output.
+    pub memory_limit: u64,
+}
+
 /// Quantizes `checkpoint` into the new directory `out`, running calibration on `backend`.
 ///
 /// Without `calibration`, [`Method::RoundToNearest`] only looks at the weights.
 ///
 /// # Errors
 /// When the settings do not fit the model, GPTQ has no calibration data, a file is wrong, numbers are not
-/// finite, or `out` exists or cannot be written. Nothing is left at `out` then.
+/// finite, or `out` exists or cannot be written. Nothing is left at `out` then; layers that were finished are in
+/// `OUT.resume`.
 pub fn quantize<B: Backend>(
     backend: B,
     checkpoint: &Checkpoint,
     out: &Path,
     settings: &Settings,
     calibration: Option<&Calibration>,
+    options: RunOptions,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report, QuantizeError> {
-    let config = checkpoint.config();
-    settings.check(config)?;
+    settings.check(checkpoint.config())?;
     check_dense(checkpoint)?;
     if calibration.is_none() && matches!(settings.method, Method::Gptq(_)) {
         return Err(QuantizeError::Settings {
@@ -72,31 +88,101 @@ pub fn quantize<B: Backend>(
             help: "name one, or use --method rtn".to_owned(),
         });
     }
-    let threads = Threads::new(settings.threads)?;
-    let mut writer = CheckpointWriter::create(out, DEFAULT_SHARD_BYTES)?;
-    let specs = || (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)));
-    let quantized: HashSet<String> = specs().map(|spec| format!("{}.weight", spec.name)).collect();
-    let quantization = settings.quantization_config()?;
-    output::write_files(checkpoint, &mut writer, &quantization)?;
-    output::copy_tensors(checkpoint, &mut writer, &quantized)?;
-
-    let correct = matches!(settings.method, Method::Gptq(GptqSettings { correction: true, .. }));
-    let mut streams = match calibration {
+    let parent = CheckpointWriter::check(out)?;
+    let run = Run {
+        checkpoint,
+        settings,
+        quantization: settings.quantization_config()?,
+        threads: Threads::new(settings.threads)?,
+    };
+    let identity = journal::identity(checkpoint, settings, calibration);
+    let mut journal = Journal::open(out, &identity, options.resume, options.journal_interval)?;
+    let streams = match calibration {
         Some(calibration) => {
-            let spill = out.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-            let limit = settings.memory_limit;
-            Some(Streams::embed(backend, checkpoint, calibration, correct, limit, spill)?)
+            let spill = (run.corrects(), options.memory_limit, parent.as_path());
+            let states = journal.states()?;
+            Some(Streams::start(backend, checkpoint, calibration, spill, states.as_ref())?)
         }
         None => None,
     };
-    let mut bits = 0.0;
-    let mut weights = 0.0;
-    let mut report = Vec::with_capacity(quantized.len());
-    for index in 0..config.layers {
+    let resumed_layers = journal.finished();
+    let result = run.layers(&mut journal, streams, progress).and_then(|()| run.write(&journal, out));
+    match result {
+        Err(error) if journal.finished() > 0 => {
+            tracing::warn!(
+                finished = journal.finished(),
+                journal = %journal.directory().display(),
+                "the finished layers are kept; --resume goes on with them"
+            );
+            Err(error)
+        }
+        Err(error) => journal.remove().map_err(QuantizeError::from).and(Err(error)),
+        Ok(report) => {
+            journal.remove()?;
+            Ok(Report { errors_are_of_outputs: calibration.is_some(), resumed_layers, ..report })
+        }
+    }
+}
+
+/// What a run has from its beginning to its end.
+struct Run<'a> {
+    checkpoint: &'a Checkpoint,
+    settings: &'a Settings,
+    quantization: QuantizationConfig,
+    threads: Threads,
+}
+
+impl Run<'_> {
+    /// Whether the errors of earlier layers are corrected.
+    fn corrects(&self) -> bool {
+        matches!(self.settings.method, Method::Gptq(GptqSettings { correction: true, .. }))
+    }
+
+    /// Quantizes every layer that `journal` does not hold yet.
+    fn layers<B: Backend>(
+        &self,
+        journal: &mut Journal,
+        mut streams: Option<Streams<B>>,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<(), QuantizeError> {
+        let layers = self.checkpoint.config().layers;
+        for index in journal.finished()..layers {
+            let mut writer = journal.layer_writer(index)?;
+            output::copy_layer_tensors(self.checkpoint, index, &mut writer)?;
+            let mut reports: Vec<MatrixReport> = Vec::with_capacity(LinearRole::ALL.len());
+            self.layer(index, streams.as_mut(), &mut writer, &mut |report| {
+                reports.push(report);
+                progress(Progress {
+                    matrices_done: index * LinearRole::ALL.len() + reports.len(),
+                    matrices: layers * LinearRole::ALL.len(),
+                    matrix: &reports[reports.len() - 1],
+                });
+            })?;
+            let due = journal.finish_layer(writer, &reports)?;
+            if due || index + 1 == layers {
+                journal.save_states(index, |writer| match &streams {
+                    // Behind the last layer nothing is left to do with them.
+                    Some(streams) if index + 1 < layers => streams.save(writer),
+                    _ => Ok(()),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Quantizes layer `index`, writes its linear layers, and brings `streams` to its end.
+    fn layer<B: Backend>(
+        &self,
+        index: usize,
+        mut streams: Option<&mut Streams<B>>,
+        writer: &mut CheckpointWriter,
+        done: &mut dyn FnMut(MatrixReport),
+    ) -> Result<(), QuantizeError> {
+        let Self { checkpoint, settings, quantization, threads } = self;
         let mut layer = match &streams {
             Some(streams) => Some(LayerPair {
                 quantized: DecoderLayer::load(streams.backend(), checkpoint, index)?,
-                original: match correct {
+                original: match self.corrects() {
                     true => Some(DecoderLayer::load(streams.backend(), checkpoint, index)?),
                     false => None,
                 },
@@ -106,46 +192,49 @@ pub fn quantize<B: Backend>(
         for input in LinearInput::ALL {
             let statistics = match (&mut streams, &layer) {
                 (Some(streams), Some(layer)) => {
-                    let (hessian, drift) = streams.statistics(layer, input, &threads)?;
-                    let name = input.roles()[0].spec(config, index).name;
-                    InputStatistics::new(hessian, drift, settings, &name, &threads)?
+                    let (hessian, drift) = streams.statistics(layer, input, threads)?;
+                    let name = input.roles()[0].spec(checkpoint.config(), index).name;
+                    InputStatistics::new(hessian, drift, settings, &name, threads)?
                 }
                 _ => InputStatistics::Unknown,
             };
             for &role in input.roles() {
-                let spec = role.spec(config, index);
-                let (matrix, relative_error) =
-                    quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
-                quantization.write_linear(&mut writer, &spec.name, &matrix)?;
-                let elements = (spec.out_features * spec.in_features) as f64;
-                bits += matrix.bits_per_weight() * elements;
-                weights += elements;
-                report.push(MatrixReport {
-                    name: spec.name.clone(),
-                    bits: matrix.bits(),
-                    group_size: matrix.group_size(),
-                    relative_error,
-                });
-                progress(Progress {
-                    matrices_done: report.len(),
-                    matrices: quantized.len(),
-                    matrix: &report[report.len() - 1],
-                });
+                let spec = role.spec(checkpoint.config(), index);
+                let (matrix, report) = quantize_matrix(checkpoint, &spec, settings, &statistics, threads)?;
+                quantization.write_linear(writer, &spec.name, &matrix)?;
+                done(report);
                 if let (Some(streams), Some(layer)) = (&streams, &mut layer) {
                     layer.quantized.replace(role, pack(streams.backend(), checkpoint, &spec, matrix)?);
                 }
             }
         }
-        if let (Some(streams), Some(layer)) = (&mut streams, &layer) {
-            streams.finish_layer(layer)?;
+        match (streams, &layer) {
+            (Some(streams), Some(layer)) => streams.finish_layer(layer),
+            _ => Ok(()),
         }
     }
-    writer.finish()?;
-    Ok(Report {
-        bits_per_weight: bits / weights,
-        errors_are_of_outputs: calibration.is_some(),
-        layers: report,
-    })
+
+    /// Puts the output together from `journal`, which holds every layer.
+    fn write(&self, journal: &Journal, out: &Path) -> Result<Report, QuantizeError> {
+        let config = self.checkpoint.config();
+        let mut writer = CheckpointWriter::create_within(journal.directory(), out, DEFAULT_SHARD_BYTES)?;
+        output::write_files(self.checkpoint, &mut writer, &self.quantization)?;
+        output::copy_shared_tensors(self.checkpoint, &mut writer)?;
+        let mut layers = Vec::with_capacity(config.layers * LinearRole::ALL.len());
+        for index in 0..config.layers {
+            output::copy_tensors(journal.layer(index)?.tensors(), &mut writer)?;
+            layers.extend(journal.reports(index)?);
+        }
+        writer.finish()?;
+        let weights = layers.iter().map(|matrix| matrix.weights as f64);
+        let bits = layers.iter().map(|matrix| matrix.bits_per_weight * matrix.weights as f64);
+        Ok(Report {
+            bits_per_weight: bits.sum::<f64>() / weights.sum::<f64>(),
+            errors_are_of_outputs: false,
+            resumed_layers: 0,
+            layers,
+        })
+    }
 }
 
 /// The linear layer in device form, with the bias of the checkpoint.
@@ -156,7 +245,7 @@ fn pack<B: Backend>(
     matrix: QuantizedMatrix,
 ) -> Result<Linear<B>, QuantizeError> {
     let bias = match spec.bias {
-        true => Some(checkpoint.vector(&format!("{}.bias", spec.name), spec.out_features)?),
+        true => Some(checkpoint.vector(&spec.bias_name(), spec.out_features)?),
         false => None,
     };
     Linear::pack(backend, &spec.name, &LinearWeight::Quantized(matrix), bias.as_deref())

@@ -29,8 +29,6 @@ pub struct Settings {
     pub range: RangeSearch,
     /// The format of the written checkpoint.
     pub format: Format,
-    /// Bytes of calibration states above which they are kept in files beside the output.
-    pub memory_limit: u64,
     /// Threads of the linear algebra. The result does not depend on it.
     pub threads: usize,
 }

@@ -1,7 +1,7 @@
 //! `nibble quantize`: an INT4 checkpoint from a floating-point one.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
@@ -10,7 +10,9 @@ use nibble_model::evaluation::{WindowOptions, evaluate};
 use nibble_model::formats::{Format, GptqVersion, GroupSize};
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::calibration::CalibrationOptions;
-use nibble_quantizer::{Calibration, GptqSettings, Method, RangeSearch, Report, Settings, quantize};
+use nibble_quantizer::{
+    Calibration, GptqSettings, Method, RangeSearch, Report, RunOptions, Settings, quantize,
+};
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
@@ -52,6 +54,13 @@ pub(crate) struct QuantizeArguments {
     /// Calibration states larger than this are kept in a file beside OUT, such as 4GB.
     #[arg(long, value_name = "BYTES", default_value = "4GB", value_parser = crate::memory::parse_bytes)]
     memory_limit: u64,
+    /// Go on with a run of the same arguments that did not finish. What it had done is in OUT.resume; the result
+    /// has the same bytes as that of a run that was never stopped.
+    #[arg(long)]
+    resume: bool,
+    /// Seconds between two points that a run can be resumed from, at the ends of layers.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    journal_interval: u64,
     /// How the range of a group is found: min-max clips nothing (default of rtn), mse has the least squared
     /// error (default of gptq).
     #[arg(long, value_enum)]
@@ -155,7 +164,6 @@ impl QuantizeArguments {
                 (FormatArgument::Awq, _) => Format::Awq,
                 (FormatArgument::CompressedTensors, _) => Format::CompressedTensors,
             },
-            memory_limit: self.memory_limit,
             threads: self.device.threads(),
         }
     }
@@ -178,12 +186,18 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     };
     let mut bar = Progress::new(format!("quantizing {}", arguments.model));
     let cpu = arguments.device.cpu();
+    let options = RunOptions {
+        resume: arguments.resume,
+        journal_interval: Duration::from_secs(arguments.journal_interval),
+        memory_limit: arguments.memory_limit,
+    };
+    let mut show = |progress: nibble_quantizer::Progress<'_>| {
+        let matrix = progress.matrix;
+        let message = format!("{} error {:.3} %", matrix.name, 100.0 * matrix.relative_error);
+        bar.update(progress.matrices_done as u64, progress.matrices as u64, &message);
+    };
     let report =
-        quantize(cpu, &checkpoint, &arguments.out, &settings, calibration.as_ref(), &mut |progress| {
-            let message =
-                format!("{} error {:.3} %", progress.matrix.name, 100.0 * progress.matrix.relative_error);
-            bar.update(progress.matrices_done as u64, progress.matrices as u64, &message);
-        })?;
+        quantize(cpu, &checkpoint, &arguments.out, &settings, calibration.as_ref(), options, &mut show)?;
     drop(bar);
     let seconds = started.elapsed().as_secs_f64();
     let peak_memory_bytes = peak_memory_bytes();

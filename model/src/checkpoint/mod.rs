@@ -4,17 +4,18 @@
 //! aligned. A truncated file, a wrong element type or shape and a missing tensor are one clear error each.
 
 mod shard;
+mod tensor_files;
 mod writer;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytemuck::Pod;
 use half::{bf16, f16};
 use nibble_kernels::tensor::{DenseMatrix, DenseValues, QuantizedMatrix};
 use safetensors::Dtype;
-use shard::{Entry, Shard};
+pub use tensor_files::TensorFiles;
+pub(crate) use tensor_files::indexed_files;
 pub use writer::{CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 use crate::config::ModelConfig;
@@ -25,11 +26,8 @@ pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// An open model directory.
 pub struct Checkpoint {
-    directory: PathBuf,
     config: ModelConfig,
-    shards: Vec<Shard>,
-    /// Shard of each tensor.
-    tensors: BTreeMap<String, usize>,
+    files: TensorFiles,
 }
 
 /// A tensor as the file holds it.
@@ -63,26 +61,7 @@ impl Checkpoint {
     /// Names the file and field that is missing, damaged or not supported.
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
         let config = ModelConfig::from_file(&directory.join("config.json"))?;
-        let index = directory.join(INDEX_FILE);
-        let single = directory.join(SINGLE_FILE);
-        let paths = if index.exists() && !single.exists() { indexed_files(&index)? } else { vec![single] };
-        let shards = paths.iter().map(|path| Shard::open(path)).collect::<Result<Vec<_>, _>>()?;
-        let mut tensors = BTreeMap::new();
-        for (number, shard) in shards.iter().enumerate() {
-            for name in shard.entries.keys() {
-                if let Some(other) = tensors.insert(name.clone(), number) {
-                    let other = format!("also in {}", shards[other].path.display());
-                    return Err(CheckpointError::tensor(
-                        &shard.path,
-                        name,
-                        other,
-                        "in one file only",
-                        "write the checkpoint again",
-                    ));
-                }
-            }
-        }
-        Ok(Self { directory: directory.to_owned(), config, shards, tensors })
+        Ok(Self { config, files: TensorFiles::open(directory)? })
     }
 
     /// The model's shape.
@@ -92,20 +71,17 @@ impl Checkpoint {
 
     /// The directory.
     pub fn directory(&self) -> &Path {
-        &self.directory
+        self.files.directory()
     }
 
     /// Every tensor, sorted by name.
     pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'_>> {
-        self.tensors.iter().map(|(name, &shard)| {
-            let shard = &self.shards[shard];
-            info(name, shard, &shard.entries[name])
-        })
+        self.files.tensors()
     }
 
     /// Whether there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.files.has(name)
     }
 
     /// The tensor `name` as the file holds it.
@@ -113,17 +89,7 @@ impl Checkpoint {
     /// # Errors
     /// When there is none.
     pub fn raw(&self, name: &str) -> Result<TensorInfo<'_>, CheckpointError> {
-        let Some((name, &shard)) = self.tensors.get_key_value(name) else {
-            let file = if self.shards.len() == 1 {
-                self.shards[0].path.clone()
-            } else {
-                self.directory.join(INDEX_FILE)
-            };
-            let help = "the checkpoint is incomplete or of another architecture than config.json says";
-            return Err(CheckpointError::tensor(&file, name, "missing", "present", help));
-        };
-        let shard = &self.shards[shard];
-        Ok(info(name, shard, &shard.entries[name]))
+        self.files.raw(name)
     }
 
     /// The tensor `name` of `length` elements of any floating-point type, widened: a norm's weight, a bias.
@@ -159,7 +125,7 @@ impl Checkpoint {
     ) -> Result<DenseMatrix<'_>, CheckpointError> {
         let values = self.floats(name, &[out_features, in_features])?;
         DenseMatrix::new(out_features, in_features, values).map_err(|error| {
-            CheckpointError::tensor(&self.directory, name, error, "a matrix", "write the checkpoint again")
+            CheckpointError::tensor(self.directory(), name, error, "a matrix", "write the checkpoint again")
         })
     }
 
@@ -212,39 +178,10 @@ impl Checkpoint {
     }
 }
 
-fn info<'a>(name: &'a str, shard: &'a Shard, entry: &'a Entry) -> TensorInfo<'a> {
-    let (dtype, shape) = (entry.dtype, entry.shape.as_slice());
-    TensorInfo { name, dtype, shape, data: shard.bytes(entry), file: &shard.path }
-}
-
 /// Bytes of a map as elements: borrowed when aligned, else copied.
 fn elements<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     match bytemuck::try_cast_slice(bytes) {
         Ok(elements) => Cow::Borrowed(elements),
         Err(_) => Cow::Owned(bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()),
     }
-}
-
-/// The files an index names, in its directory.
-pub(crate) fn indexed_files(index: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
-    let text = std::fs::read_to_string(index).map_err(CheckpointError::io("read", index))?;
-    let help = "fetch or write the checkpoint again";
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|error| CheckpointError::malformed(index, error, help))?;
-    let Some(map) = json.get("weight_map").and_then(serde_json::Value::as_object) else {
-        return Err(CheckpointError::field(index, "weight_map", "missing", "an object of tensor to file"));
-    };
-    let directory = index.parent().unwrap_or(Path::new("."));
-    let mut files: Vec<&str> = Vec::new();
-    for (tensor, file) in map {
-        let plain =
-            file.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file));
-        let Some(file) = plain else {
-            return Err(CheckpointError::field(index, tensor, file, "the name of a file in this directory"));
-        };
-        files.push(file);
-    }
-    files.sort_unstable();
-    files.dedup();
-    Ok(files.into_iter().map(|file| directory.join(file)).collect())
 }

@@ -22,9 +22,9 @@ pub fn check_dense(checkpoint: &Checkpoint) -> Result<(), CheckpointError> {
             checkpoint.vector(&name, length)?;
         }
         for spec in LinearRole::ALL.map(|role| role.spec(config, layer)) {
-            checkpoint.dense(&format!("{}.weight", spec.name), spec.out_features, spec.in_features)?;
+            checkpoint.dense(&spec.weight_name(), spec.out_features, spec.in_features)?;
             if spec.bias {
-                checkpoint.vector(&format!("{}.bias", spec.name), spec.out_features)?;
+                checkpoint.vector(&spec.bias_name(), spec.out_features)?;
             }
         }
     }

@@ -31,6 +31,18 @@ pub struct LinearSpec {
     pub bias: bool,
 }
 
+impl LinearSpec {
+    /// The name of its weight while it is not quantized.
+    pub fn weight_name(&self) -> String {
+        format!("{}.weight", self.name)
+    }
+
+    /// The name of its bias, where it has one.
+    pub fn bias_name(&self) -> String {
+        format!("{}.bias", self.name)
+    }
+}
+
 impl<B: Backend> Linear<B> {
     /// Reads the layer from `checkpoint` and packs it for `backend`.
     ///
@@ -38,11 +50,8 @@ impl<B: Backend> Linear<B> {
     /// When a tensor is missing or malformed, or the device has no kernel for it.
     pub fn load(backend: &B, checkpoint: &Checkpoint, spec: &LinearSpec) -> Result<Self, ModelError> {
         let weight = checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?;
-        let bias = if spec.bias {
-            Some(checkpoint.vector(&format!("{}.bias", spec.name), spec.out_features)?)
-        } else {
-            None
-        };
+        let bias =
+            if spec.bias { Some(checkpoint.vector(&spec.bias_name(), spec.out_features)?) } else { None };
         Ok(Self::pack(backend, &spec.name, &weight, bias.as_deref())?)
     }
 

@@ -21,7 +21,6 @@ fn settings(symmetric: bool, range: RangeSearch) -> Settings {
         symmetric,
         range,
         format: Format::Gptq(GptqVersion::V1),
-        memory_limit: u64::MAX,
         threads: 2,
     }
 }

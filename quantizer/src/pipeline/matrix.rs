@@ -11,6 +11,7 @@ use crate::methods::correction::{Drift, correct};
 use crate::methods::gptq::InverseFactor;
 use crate::methods::refine::{Target, refine};
 use crate::methods::{Weights, assemble, gptq, rtn};
+use crate::report::MatrixReport;
 use crate::settings::{GptqSettings, Method, Settings};
 use crate::threads::Threads;
 
@@ -74,9 +75,9 @@ pub(super) fn quantize_matrix(
     settings: &Settings,
     statistics: &InputStatistics,
     threads: &Threads,
-) -> Result<(QuantizedMatrix, f64), QuantizeError> {
+) -> Result<(QuantizedMatrix, MatrixReport), QuantizeError> {
     let (outputs, inputs) = (spec.out_features, spec.in_features);
-    let mut values = checkpoint.dense(&format!("{}.weight", spec.name), outputs, inputs)?.to_f32();
+    let mut values = checkpoint.dense(&spec.weight_name(), outputs, inputs)?.to_f32();
     if let Some(position) = values.iter().position(|value| !value.is_finite()) {
         let (output, input) = (position / inputs, position % inputs);
         return Err(QuantizeError::NotFinite {
@@ -108,5 +109,13 @@ pub(super) fn quantize_matrix(
         *difference -= value;
     }
     let (error, whole) = (statistics.energy(&difference, threads), statistics.energy(&values, threads));
-    Ok((matrix, if whole > 0.0 { error / whole } else { 0.0 }))
+    let report = MatrixReport {
+        name: spec.name.clone(),
+        bits: matrix.bits(),
+        group_size: matrix.group_size(),
+        weights: outputs * inputs,
+        bits_per_weight: matrix.bits_per_weight(),
+        relative_error: if whole > 0.0 { error / whole } else { 0.0 },
+    };
+    Ok((matrix, report))
 }

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use nibble_model::checkpoint::{CheckpointWriter, TensorFiles};
 use nibble_model::error::CheckpointError;
+use safetensors::Dtype;
 
 /// Vectors of `width` elements for the tokens of several sequences, a sequence at a time.
 pub(super) struct States {
@@ -78,6 +80,41 @@ impl States {
                     .and_then(|_| file.write_all(bytemuck::cast_slice(values)))
                     .map_err(CheckpointError::io("write calibration states to a file in", directory))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Writes every sequence as a tensor of its own, called after `name`.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub(super) fn save(&self, writer: &mut CheckpointWriter, name: &str) -> Result<(), CheckpointError> {
+        let mut values = Vec::new();
+        for (index, &tokens) in self.lengths.iter().enumerate() {
+            self.read(index, &mut values)?;
+            let bytes = bytemuck::cast_slice(&values);
+            writer.tensor(&format!("{name}.{index}"), Dtype::F32, &[tokens, self.width], bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what [`save`](Self::save) wrote.
+    ///
+    /// # Errors
+    /// When a sequence is missing or of another length.
+    pub(super) fn restore(&mut self, files: &TensorFiles, name: &str) -> Result<(), CheckpointError> {
+        for index in 0..self.lengths.len() {
+            let tensor = files.raw(&format!("{name}.{index}"))?;
+            let expected = [self.lengths[index], self.width];
+            if tensor.shape != expected || tensor.dtype != Dtype::F32 {
+                let found = format!("{:?} {:?}", tensor.dtype, tensor.shape);
+                let help = "remove the directory of the journal to start again";
+                let expected = format!("F32 {expected:?}");
+                return Err(CheckpointError::tensor(tensor.file, tensor.name, found, expected, help));
+            }
+            let values: Vec<f32> =
+                tensor.data.chunks_exact(size_of::<f32>()).map(bytemuck::pod_read_unaligned).collect();
+            self.write(index, &values)?;
         }
         Ok(())
     }

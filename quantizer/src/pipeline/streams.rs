@@ -6,7 +6,8 @@ use std::path::Path;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 use nibble_kernels::backend::Backend;
-use nibble_model::checkpoint::Checkpoint;
+use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorFiles};
+use nibble_model::error::CheckpointError;
 use nibble_model::forward::{DecoderLayer, LayerRunner, LinearRole};
 
 use crate::calibration::Calibration;
@@ -15,6 +16,10 @@ use crate::hessian::{Hessian, HessianSum};
 use crate::methods::correction::Drift;
 use crate::pipeline::states::States;
 use crate::threads::Threads;
+
+/// What saved streams are called.
+const QUANTIZED: &str = "quantized";
+const ORIGINAL: &str = "original";
 
 /// The four inputs of a decoder layer that linear layers multiply, in the order they are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,25 +85,26 @@ impl Widths {
 }
 
 impl<B: Backend> Streams<B> {
-    /// The embeddings of the calibration tokens, read row by row from the checkpoint.
+    /// The streams of the calibration tokens before the first layer: their embeddings, read row by row from the
+    /// checkpoint; or where the run that saved `states` stood.
     ///
-    /// `with_original` says whether the original model's stream is kept beside. Streams of more than
-    /// `memory_limit` bytes are kept in files in the directory `spill`.
-    pub(super) fn embed(
+    /// `spill` says whether the original model's stream is kept beside, and in which directory the streams are
+    /// kept if they take more than so many bytes.
+    pub(super) fn start(
         backend: B,
         checkpoint: &Checkpoint,
         calibration: &Calibration,
-        with_original: bool,
-        memory_limit: u64,
-        spill: &Path,
+        spill: (bool, u64, &Path),
+        states: Option<&TensorFiles>,
     ) -> Result<Self, QuantizeError> {
+        let (with_original, memory_limit, directory) = spill;
         let config = checkpoint.config();
         let (hidden, attention) = (config.hidden_size, config.heads * config.head_dim);
         let widths = Widths { hidden, attention, gated: config.intermediate_size };
         let lengths: Vec<usize> = calibration.sequences().iter().map(Vec::len).collect();
         let elements = hidden * if with_original { 2 } else { 1 } + attention;
         let bytes = (lengths.iter().sum::<usize>() * elements * size_of::<f32>()) as u64;
-        let spill = (bytes > memory_limit).then_some(spill);
+        let spill = (bytes > memory_limit).then_some(directory);
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut streams = Self {
             runner: LayerRunner::new(backend, config, longest)?,
@@ -108,19 +114,46 @@ impl<B: Backend> Streams<B> {
             attention: States::new(&lengths, attention, spill)?,
             original: if with_original { Some(States::new(&lengths, hidden, spill)?) } else { None },
         };
-        let table = checkpoint.dense("model.embed_tokens.weight", config.vocabulary_size, hidden)?;
+        match states {
+            Some(states) => streams.restore(states)?,
+            None => streams.embed(checkpoint, calibration)?,
+        }
+        Ok(streams)
+    }
+
+    fn embed(&mut self, checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(), QuantizeError> {
+        let hidden = self.widths.hidden;
+        let vocabulary = checkpoint.config().vocabulary_size;
+        let table = checkpoint.dense("model.embed_tokens.weight", vocabulary, hidden)?;
         for (index, tokens) in calibration.sequences().iter().enumerate() {
             let row = |&token: &u32| {
                 let first = token as usize * hidden;
                 (first..first + hidden).map(|element| table.values().get(element))
             };
             let embedded: Vec<f32> = tokens.iter().flat_map(row).collect();
-            streams.hidden.write(index, &embedded)?;
-            if let Some(original) = &mut streams.original {
+            self.hidden.write(index, &embedded)?;
+            if let Some(original) = &mut self.original {
                 original.write(index, &embedded)?;
             }
         }
-        Ok(streams)
+        Ok(())
+    }
+
+    /// Writes the streams between two layers.
+    pub(super) fn save(&self, writer: &mut CheckpointWriter) -> Result<(), CheckpointError> {
+        self.hidden.save(writer, QUANTIZED)?;
+        match &self.original {
+            Some(original) => original.save(writer, ORIGINAL),
+            None => Ok(()),
+        }
+    }
+
+    fn restore(&mut self, states: &TensorFiles) -> Result<(), CheckpointError> {
+        self.hidden.restore(states, QUANTIZED)?;
+        match &mut self.original {
+            Some(original) => original.restore(states, ORIGINAL),
+            None => Ok(()),
+        }
     }
 
     /// The device.

@@ -51,20 +51,17 @@ impl CheckpointWriter {
     /// # Errors
     /// When `out` exists, or nothing can be created beside it.
     pub fn create(out: &Path, max_shard_bytes: u64) -> Result<Self, CheckpointError> {
-        refuse_existing(out)?;
-        let name = out.file_name().ok_or_else(|| CheckpointError::Mismatch {
-            file: out.to_owned(),
-            item: "output directory".to_owned(),
-            found: format!("\"{}\"", out.display()),
-            expected: "the name of a new directory".to_owned(),
-            help: "name a directory that does not exist yet".to_owned(),
-        })?;
-        let parent = match out.parent() {
-            Some(parent) if parent != Path::new("") => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        std::fs::create_dir_all(&parent).map_err(CheckpointError::io("create", &parent))?;
-        let mut prefix = name.to_owned();
+        let parent = Self::check(out)?;
+        Self::create_within(&parent, out, max_shard_bytes)
+    }
+
+    /// The same, but what is not finished yet stands in the directory `scratch`, on the same file system as `out`.
+    ///
+    /// # Errors
+    /// When `out` exists, or nothing can be created in `scratch`.
+    pub fn create_within(scratch: &Path, out: &Path, max_shard_bytes: u64) -> Result<Self, CheckpointError> {
+        let parent = Self::check(out)?;
+        let mut prefix = out.file_name().unwrap_or_default().to_owned();
         prefix.push(".partial-");
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix);
@@ -72,7 +69,7 @@ impl CheckpointWriter {
         #[cfg(unix)]
         builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o777));
         let partial =
-            builder.tempdir_in(&parent).map_err(CheckpointError::io("create a directory in", &parent))?;
+            builder.tempdir_in(scratch).map_err(CheckpointError::io("create a directory in", scratch))?;
         Ok(Self {
             out: out.to_owned(),
             parent,
@@ -84,6 +81,29 @@ impl CheckpointWriter {
             total_bytes: 0,
             files: HashSet::new(),
         })
+    }
+
+    /// Checks that a directory `out` can be made, creates the one it will stand in, and returns that.
+    ///
+    /// # Errors
+    /// When `out` exists, or the directory it would stand in cannot be created.
+    pub fn check(out: &Path) -> Result<PathBuf, CheckpointError> {
+        refuse_existing(out)?;
+        if out.file_name().is_none() {
+            return Err(CheckpointError::Mismatch {
+                file: out.to_owned(),
+                item: "output directory".to_owned(),
+                found: format!("\"{}\"", out.display()),
+                expected: "the name of a new directory".to_owned(),
+                help: "name a directory that does not exist yet".to_owned(),
+            });
+        }
+        let parent = match out.parent() {
+            Some(parent) if parent != Path::new("") => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        std::fs::create_dir_all(&parent).map_err(CheckpointError::io("create", &parent))?;
+        Ok(parent)
     }
 
     /// The directory that will be there once the checkpoint is complete.
