@@ -1,14 +1,8 @@
 //! Files of every kind through a word-level tokenizer, where every sequence can be read.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use nibble_model::checkpoint::CheckpointWriter;
-use parquet::basic::{Compression, GzipLevel, ZstdLevel};
-use parquet::data_type::{ByteArray, ByteArrayType};
-use parquet::file::properties::WriterProperties;
-use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::parser::parse_message_type;
 use safetensors::Dtype;
 use serde_json::{Map, Value as Json, json};
 
@@ -164,84 +158,53 @@ fn data_without_a_usable_sample_is_refused_with_the_reasons() {
     }
 }
 
-/// Writes a file of two rows, a conversation and none, and of a column that is no part of documents.
-fn write_parquet(file: &Path, compression: Compression) {
-    let schema = "message schema {
-        required binary source (UTF8);
-        optional group messages (LIST) {
-            repeated group list { optional group element {
-                optional binary role (UTF8); optional binary content (UTF8); optional binary name (UTF8);
-            } }
-        }
-    }";
-    let properties = WriterProperties::builder().set_compression(compression).build();
-    let schema = Arc::new(parse_message_type(schema).unwrap());
-    let mut writer =
-        SerializedFileWriter::new(std::fs::File::create(file).unwrap(), schema, Arc::new(properties))
-            .unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    let mut column = |values: &[&str], definition: &[i16], repetition: Option<&[i16]>| {
-        let mut column = group.next_column().unwrap().expect("four columns");
-        let values: Vec<ByteArray> = values.iter().map(|&value| value.into()).collect();
-        let levels = (!definition.is_empty()).then_some(definition);
-        column.typed::<ByteArrayType>().write_batch(&values, levels, repetition).unwrap();
-        column.close().unwrap();
-    };
-    column(&["a", "b"], &[], None);
-    // Level 4 is a value, 3 a message without one, 0 a row without messages.
-    column(&["user", "assistant"], &[4, 4, 0], Some(&[0, 1, 0]));
-    column(&["w1 w2", "w3"], &[4, 4, 0], Some(&[0, 1, 0]));
-    column(&[], &[3, 3, 0], Some(&[0, 1, 0]));
-    group.close().unwrap();
-    writer.close().unwrap();
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
-
-const COMPRESSIONS: [fn() -> Compression; 4] = [
-    || Compression::UNCOMPRESSED,
-    || Compression::SNAPPY,
-    || Compression::GZIP(GzipLevel::default()),
-    || Compression::ZSTD(ZstdLevel::default()),
-];
 
 #[test]
 fn parquet_rows_are_read_as_json_lines_are() {
+    let documents = |name: &str| match read(&golden(name), None, &mut Skipped::default()).unwrap() {
+        Contents::Documents(documents) => documents,
+        Contents::Text(text) => panic!("{text} is no document"),
+    };
+    let rows = documents("documents.parquet");
+    assert_eq!(rows.iter().map(|&(place, _)| place).collect::<Vec<_>>(), [1, 2, 3, 4, 7, 9].map(Place::Row));
+    let lines = documents("documents.jsonl").into_iter().map(|(_, document)| document);
+    assert!(rows.into_iter().map(|(_, document)| document).eq(lines));
+
+    let text = read(&golden("documents.parquet"), Some("text"), &mut Skipped::default()).unwrap();
+    assert!(matches!(text, Contents::Documents(documents) if documents.len() == 1));
     let parent = tempfile::tempdir().unwrap();
     let checkpoint = checkpoint(parent.path(), Some(TEMPLATE));
-    let file = parent.path().join("chat.parquet");
-    for compression in COMPRESSIONS {
-        write_parquet(&file, compression());
-        let drawn = Calibration::from_files(&[file.clone()], None, &checkpoint, OPTIONS).unwrap();
-        assert_eq!(words(&checkpoint, &drawn), ["begin user w1 w2 end assistant w3 end"]);
-    }
-    let sources = Calibration::from_files(&[file.clone()], Some("source"), &checkpoint, OPTIONS).unwrap();
-    assert_eq!(words(&checkpoint, &sources).len(), 1, "both texts share a sequence");
+    let files = [golden("documents.parquet")];
+    let drawn = Calibration::from_files(&files, None, &checkpoint, OPTIONS).unwrap();
+    assert!(
+        words(&checkpoint, &drawn).concat().contains("begin system w1 end user w2 w3 end assistant w5 end")
+    );
     let missing =
-        Calibration::from_files(&[file], Some("body"), &checkpoint, OPTIONS).unwrap_err().to_string();
-    assert!(missing.contains("no column \"body\", it has \"source\", \"messages\""), "{missing}");
+        Calibration::from_files(&files, Some("body"), &checkpoint, OPTIONS).unwrap_err().to_string();
+    assert!(missing.contains("no column \"body\", it has \"id\", \"messages\""), "{missing}");
 }
 
 #[test]
 fn a_damaged_parquet_file_is_an_error_or_other_text_and_never_a_panic() {
     let parent = tempfile::tempdir().unwrap();
-    let whole = parent.path().join("whole.parquet");
-    let damaged = parent.path().join("damaged.parquet");
-    for compression in COMPRESSIONS {
-        write_parquet(&whole, compression());
-        let bytes = std::fs::read(&whole).unwrap();
-        let read_damaged = |bytes: &[u8]| {
-            std::fs::write(&damaged, bytes).unwrap();
-            read(&damaged, None, &mut Skipped::default()).err().map(|error| error.to_string())
-        };
-        for length in 0..bytes.len() {
-            let error = read_damaged(&bytes[..length]).expect("a part of a file is refused");
-            assert!(error.contains("damaged.parquet"), "{error}");
-        }
-        for position in 0..bytes.len() {
-            for damage in [1, 0x80, 0xff] {
-                let mut bytes = bytes.clone();
-                bytes[position] ^= damage;
-                read_damaged(&bytes);
-            }
-        }
+    let file = parent.path().join("damaged.parquet");
+    let whole = std::fs::read(golden("documents.parquet")).unwrap();
+    let read_damaged = |bytes: &[u8]| {
+        std::fs::write(&file, bytes).unwrap();
+        read(&file, None, &mut Skipped::default()).err().map(|error| error.to_string())
+    };
+    for length in (0..whole.len()).step_by(50) {
+        let error = read_damaged(&whole[..length]).expect("a part of a file is refused");
+        assert!(error.contains("damaged.parquet"), "{error}");
     }
+    let mut refused = 0;
+    for position in (0..whole.len()).step_by(5) {
+        let mut bytes = whole.clone();
+        bytes[position] ^= [0x01, 0x80, 0xff][position % 3];
+        refused += usize::from(read_damaged(&bytes).is_some());
+    }
+    assert!(refused > whole.len() / 20, "{refused}");
 }
