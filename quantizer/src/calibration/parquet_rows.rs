@@ -40,7 +40,8 @@ pub(super) fn read(file: &Path, field: Option<&str>) -> Result<Vec<Located>, Qua
 
 fn decode(file: &Path, field: Option<&str>) -> Result<Vec<Located>, QuantizeError> {
     let broken = |what: &str, error: ParquetError| {
-        let help = "write it again, without compression or compressed by snappy, gzip or zstd";
+        let help =
+            "fetch it again, or write it again without compression or compressed by snappy, gzip or zstd";
         refusal(file, format!("{what} cannot be read as Parquet: {error}"), help)
     };
     let opened = File::open(file).map_err(CheckpointError::io("open", file))?;

@@ -51,6 +51,7 @@ impl CalibrationArguments {
             ensure!(field.is_none(), "--calibration-field is given and there is no --calibration file");
             return Ok(None);
         }
+        settings.check(checkpoint.config())?;
         if self.calibration.iter().all(|file| file != Path::new("self")) {
             leave_panics_to_errors();
             return Ok(Some(Calibration::from_files(&self.calibration, field, checkpoint, options)?));
@@ -60,7 +61,6 @@ impl CalibrationArguments {
             "--calibration self cannot be combined with files or --calibration-field; \
              give either, or ./self for a file of that name"
         );
-        settings.check(checkpoint.config())?;
         let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
         let mut model = load(checkpoint, device, sequence_length)?;
         let mut bar = Progress::new("writing the calibration text");
