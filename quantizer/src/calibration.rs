@@ -7,9 +7,10 @@
 //!
 //! **JSONL, JSON and Parquet** hold documents: texts, tokenized as the tokenizer does it, and conversations, in the
 //! form of the model's chat template. Whole documents share a sequence while there is room, so that every sequence
-//! is nearly full and a conversation begins as it will when it is served. llm-compressor and GPTQModel give each
-//! document a sequence of its own and cut it there; for short ones the same number of samples is then a fraction of
-//! the tokens, and the rest of long ones is lost even where data is scarce.
+//! is nearly full and none is cut without need; as in pretraining, a document attends to those before it.
+//! llm-compressor and GPTQModel give each document a sequence of its own by default: of short ones the same number
+//! of samples is then a fraction of the tokens, and what a long one has beyond the sequence is lost even where data
+//! is scarce.
 //!
 //! A seed shuffles the stretches and documents of all files together; they are taken in this order until there are
 //! as many sequences as were asked for, and these come in the order of the files. Only documents that are drawn are
