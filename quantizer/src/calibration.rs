@@ -1,17 +1,43 @@
 //! Calibration data: token sequences that show the quantizer what the inputs of each layer look like.
 //!
-//! A UTF-8 text is tokenized and cut into sequences of equal length that do not overlap; as many as were asked
-//! for are drawn without repetition by a seed, in the order of the text. Each begins with the tokens that the
-//! model's tokenizer puts before a text (a beginning-of-sequence token, or none).
+//! It comes from files, as many as there are, or from the model itself ([`Calibration::from_model`]).
+//!
+//! **A text** is tokenized whole and cut into stretches of one sequence each that do not overlap; each begins with
+//! the tokens that the model's tokenizer puts before a text (a beginning-of-sequence token, or none).
+//!
+//! **JSONL, JSON and Parquet** hold documents: texts, tokenized as the tokenizer does it, and conversations, in the
+//! form of the model's chat template. Whole documents share a sequence while there is room, so that every sequence
+//! is nearly full and none is cut without need; as in pretraining, a document attends to those before it.
+//! llm-compressor and GPTQModel give each document a sequence of its own by default: of short ones the same number
+//! of samples is then a fraction of the tokens, and what a long one has beyond the sequence is lost even where data
+//! is scarce.
+//!
+//! A seed shuffles the stretches and documents of all files together; they are taken in this order until there are
+//! as many sequences as were asked for, and these come in the order of the files. Only documents that are drawn are
+//! rendered and tokenized.
 
+mod document;
+mod files;
 mod generated;
+mod packing;
+mod parquet_rows;
+mod skipped;
+#[cfg(test)]
+mod tests;
 
-use std::path::Path;
+use std::path::PathBuf;
 
+use nibble_model::chat_template::ChatTemplate;
+use nibble_model::checkpoint::Checkpoint;
 use nibble_model::config::ModelConfig;
-use nibble_model::error::CheckpointError;
 use nibble_model::tokenizer::Tokenizer;
 
+pub use self::parquet_rows::PARQUET_THREAD;
+
+use self::document::{Document, render};
+use self::files::{Contents, Place, read};
+use self::packing::{Packer, shuffled};
+use self::skipped::Skipped;
 use crate::error::QuantizeError;
 
 /// How many sequences, and how long.
@@ -19,83 +45,95 @@ use crate::error::QuantizeError;
 pub struct CalibrationOptions {
     /// Sequences to draw.
     pub samples: usize,
-    /// Tokens of a sequence.
+    /// Tokens of a sequence; of one that holds documents the most.
     pub sequence_length: usize,
     /// Which sequences are drawn.
     pub seed: u64,
 }
 
-/// Token sequences of equal length.
+impl CalibrationOptions {
+    /// Checks that there are sequences of at least `shortest` tokens, and at most `longest`.
+    fn check(self, shortest: usize, longest: usize) -> Result<(), QuantizeError> {
+        if self.samples > 0 && (shortest..=longest).contains(&self.sequence_length) {
+            return Ok(());
+        }
+        Err(QuantizeError::Settings {
+            name: "calibration".to_owned(),
+            found: format!("{} sequences of {} tokens", self.samples, self.sequence_length),
+            expected: format!("at least 1 sequence of {shortest} to {longest} tokens"),
+            help: "change --samples or --sequence-length".to_owned(),
+        })
+    }
+}
+
+/// Token sequences.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Calibration {
     sequences: Vec<Vec<u32>>,
     sequence_length: usize,
 }
 
+/// What can be drawn.
+struct Sample {
+    file: usize,
+    /// `None` for a stretch of a text.
+    place: Option<Place>,
+    content: Content,
+}
+
+enum Content {
+    /// The tokens of a sequence.
+    Stretch(Vec<u32>),
+    Document(Document),
+}
+
 impl Calibration {
-    /// Draws sequences from the text `file`. Too few of them are used all the same, with a warning.
+    /// Draws sequences for the model `checkpoint` from `files`, with documents in `field` where one is named. Warns
+    /// of samples that are skipped, and of too few sequences or tokens.
     ///
     /// # Errors
-    /// When the file cannot be read, is not UTF-8 or is shorter than one sequence, and when the model cannot
-    /// take sequences of that length.
-    pub fn from_text(
-        file: &Path,
-        tokenizer: &Tokenizer,
-        config: &ModelConfig,
+    /// When the model cannot take sequences of that length, a file cannot be read or is not what its ending says,
+    /// none of its documents can be used, or the model's tokenizer or chat template is broken.
+    pub fn from_files(
+        files: &[PathBuf],
+        field: Option<&str>,
+        checkpoint: &Checkpoint,
         options: CalibrationOptions,
     ) -> Result<Self, QuantizeError> {
-        let refuse = |problem: String, help: &str| {
-            Err(QuantizeError::Calibration { file: file.to_owned(), problem, help: help.to_owned() })
-        };
-        let bytes = std::fs::read(file).map_err(CheckpointError::io("read", file))?;
-        let text = match String::from_utf8(bytes) {
-            Ok(text) => text,
-            Err(error) => {
-                let problem = format!("byte {} is not UTF-8", error.utf8_error().valid_up_to());
-                return refuse(problem, "convert it to a UTF-8 text");
-            }
-        };
+        let config = checkpoint.config();
+        let tokenizer = Tokenizer::open(checkpoint.directory(), config)?;
         let prefix = tokenizer.encode("", true)?;
-        let tokens = tokenizer.encode(&text, false)?;
         let length = options.sequence_length;
-        if length > config.max_position_embeddings {
-            let problem = format!(
-                "sequences of {length} tokens are wanted and the model takes {}",
-                config.max_position_embeddings
-            );
-            return refuse(problem, "give a smaller --sequence-length");
+        options.check(prefix.len() + 1, config.max_position_embeddings)?;
+        let mut skipped = Skipped::default();
+        let samples = read_samples(files, field, &tokenizer, &prefix, length, &mut skipped)?;
+        let is_chat = |sample: &Sample| matches!(sample.content, Content::Document(Document::Chat(_)));
+        let template = match samples.iter().any(is_chat) {
+            true => ChatTemplate::open(checkpoint.directory())?,
+            false => None,
+        };
+        let mut packer = Packer::new(&prefix, length, options.samples);
+        for number in shuffled(samples.len(), options.seed) {
+            let sample = &samples[number];
+            match tokens(&sample.content, &tokenizer, template.as_ref())? {
+                Ok(tokens) => {
+                    if !packer.add(number, tokens) {
+                        break;
+                    }
+                }
+                Err(reason) => skipped.add(&files[sample.file], sample.place, reason),
+            }
         }
-        if length <= prefix.len() || options.samples == 0 {
-            return refuse(
-                format!("{} sequences of {length} tokens are wanted", options.samples),
-                "give a positive --samples and a larger --sequence-length",
-            );
+        let sequences = packer.finish();
+        if sequences.is_empty() {
+            let help = "give other data, or a smaller --sequence-length for short texts";
+            return Err(QuantizeError::NoSamples { skipped: skipped.to_string(), help });
         }
-        let body = length - prefix.len();
-        let available = tokens.len() / body;
-        if available == 0 {
-            let problem = format!("it has {} tokens, fewer than one sequence of {length}", tokens.len());
-            return refuse(problem, "give a longer text or a smaller --sequence-length");
+        if skipped.count() > 0 {
+            tracing::warn!("{} calibration samples are skipped: {skipped}", skipped.count());
         }
-        let chosen = draw(available, options.samples, options.seed);
-        if chosen.len() < options.samples {
-            tracing::warn!(
-                file = %file.display(),
-                wanted = options.samples,
-                found = available,
-                "the calibration text holds fewer sequences than asked for; all of them are used"
-            );
-        }
-        let widest = config.intermediate_size.max(config.hidden_size).max(config.heads * config.head_dim);
-        if chosen.len() * length < widest {
-            tracing::warn!(
-                tokens = chosen.len() * length,
-                inputs = widest,
-                "fewer calibration tokens than inputs of the widest matrix; give more samples for a better result"
-            );
-        }
-        let sequence = |&index: &usize| [&prefix, &tokens[index * body..(index + 1) * body]].concat();
-        Ok(Self { sequences: chosen.iter().map(sequence).collect(), sequence_length: length })
+        warn_of_too_little(&sequences, options, config);
+        Ok(Self { sequences, sequence_length: length })
     }
 
     /// The sequences.
@@ -103,54 +141,81 @@ impl Calibration {
         &self.sequences
     }
 
-    /// Tokens of each.
+    /// The most tokens of a sequence. Those of texts and of the model itself all have as many, those of documents
+    /// at most.
     pub fn sequence_length(&self) -> usize {
         self.sequence_length
     }
 }
 
-/// Up to `count` different numbers below `available`, rising: a seeded partial Fisher-Yates shuffle, sorted.
-fn draw(available: usize, count: usize, seed: u64) -> Vec<usize> {
-    let mut numbers: Vec<usize> = (0..available).collect();
-    let count = count.min(available);
-    let mut state = seed;
-    for index in 0..count {
-        let left = (available - index) as u64;
-        numbers.swap(index, index + (split_mix(&mut state) % left) as usize);
+/// All samples of `files`, in their order.
+fn read_samples(
+    files: &[PathBuf],
+    field: Option<&str>,
+    tokenizer: &Tokenizer,
+    prefix: &[u32],
+    length: usize,
+    skipped: &mut Skipped,
+) -> Result<Vec<Sample>, QuantizeError> {
+    let mut samples = Vec::new();
+    for (file, path) in files.iter().enumerate() {
+        match read(path, field, skipped)? {
+            Contents::Text(text) => {
+                let tokens = tokenizer.encode(&text, false)?;
+                let stretches = tokens.chunks_exact(length - prefix.len());
+                if stretches.len() == 0 {
+                    let reason = format!("{} tokens, fewer than one sequence of {length}", tokens.len());
+                    skipped.add(path, None, reason);
+                }
+                samples.extend(stretches.map(|stretch| {
+                    let content = Content::Stretch([prefix, stretch].concat());
+                    Sample { file, place: None, content }
+                }));
+            }
+            Contents::Documents(documents) => {
+                samples.extend(documents.into_iter().map(|(place, document)| {
+                    let content = Content::Document(document);
+                    Sample { file, place: Some(place), content }
+                }));
+            }
+        }
     }
-    numbers.truncate(count);
-    numbers.sort_unstable();
-    numbers
+    Ok(samples)
 }
 
-/// The generator SplitMix64 (Steele, Lea, Flood 2014): the same numbers on every machine.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut value = *state;
-    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
+/// The tokens of a sample, or why it has none.
+fn tokens(
+    content: &Content,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> Result<Result<Vec<u32>, String>, QuantizeError> {
+    let tokens = match content {
+        Content::Stretch(tokens) => tokens.clone(),
+        Content::Document(Document::Text(text)) => tokenizer.encode(text, true)?,
+        Content::Document(Document::Chat(messages)) => match render(messages, template) {
+            // A template prints the special tokens itself.
+            Ok(text) => tokenizer.encode(&text, template.is_none())?,
+            Err(reason) => return Ok(Err(reason)),
+        },
+    };
+    Ok(if tokens.is_empty() { Err("empty".to_owned()) } else { Ok(tokens) })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn drawn_sequences_are_different_in_order_and_those_of_the_seed() {
-        let drawn = draw(1000, 64, 7);
-        assert_eq!(drawn.len(), 64);
-        assert!(drawn.windows(2).all(|pair| pair[0] < pair[1]) && drawn.iter().all(|&index| index < 1000));
-        assert_eq!(drawn, draw(1000, 64, 7));
-        assert_ne!(drawn, draw(1000, 64, 8));
-        assert_eq!(draw(5, 64, 7), [0, 1, 2, 3, 4]);
+fn warn_of_too_little(sequences: &[Vec<u32>], options: CalibrationOptions, config: &ModelConfig) {
+    if sequences.len() < options.samples {
+        tracing::warn!(
+            wanted = options.samples,
+            found = sequences.len(),
+            "the calibration data holds fewer sequences than asked for; all of them are used"
+        );
     }
-
-    #[test]
-    fn the_generator_is_split_mix() {
-        // First outputs for seed 1234567, as published with the reference implementation.
-        let mut state = 1_234_567;
-        assert_eq!(split_mix(&mut state), 6_457_827_717_110_365_317);
-        assert_eq!(split_mix(&mut state), 3_203_168_211_198_807_973);
+    let tokens: usize = sequences.iter().map(Vec::len).sum();
+    let widest = config.intermediate_size.max(config.hidden_size).max(config.heads * config.head_dim);
+    if tokens < widest {
+        tracing::warn!(
+            tokens,
+            inputs = widest,
+            "fewer calibration tokens than inputs of the widest matrix; give more samples for a better result"
+        );
     }
 }

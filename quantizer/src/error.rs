@@ -45,6 +45,14 @@ pub enum QuantizeError {
         /// What to do.
         help: String,
     },
+    /// No sample of the calibration data can be used.
+    #[error("no calibration sample can be used: {skipped}; {help}")]
+    NoSamples {
+        /// The first ones, with their places and what is wrong with each.
+        skipped: String,
+        /// What to do.
+        help: &'static str,
+    },
     /// Numbers that are not finite.
     #[error("{name}: {what} {found}, expected finite numbers; {help}")]
     NotFinite {

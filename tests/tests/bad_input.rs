@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use nibble_tests::real_model::workspace;
 use nibble_tests::tiny_model::{TinyModel, VOCABULARY};
 use nibble_tests::{arguments, nibble};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -188,4 +189,73 @@ fn the_undamaged_model_is_taken() {
     let report =
         nibble::json(&arguments!["eval", directory.path(), "--text", text, "--window", "16", "--json"]);
     assert_eq!(report["predicted_tokens"], 18 * 15);
+}
+
+/// A model in `directory` and what `nibble quantize` says and does with these calibration files.
+fn quantize(directory: &Path, method: &str, files: &[&Path]) -> std::process::Output {
+    let (model, out) = (directory.join("model"), directory.join("out"));
+    if !model.exists() {
+        std::fs::create_dir(&model).expect("created");
+        write_whole(&model);
+    }
+    let mut command = arguments![
+        "quantize",
+        model,
+        out,
+        "--method",
+        method,
+        "--group-size",
+        "16",
+        "--sequence-length",
+        "64"
+    ]
+    .to_vec();
+    command.extend(files.iter().flat_map(|file| arguments!["--calibration", file]));
+    nibble::run(&command)
+}
+
+#[test]
+fn calibration_files_that_cannot_be_used_are_refused_with_one_sentence_and_leave_nothing() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut parquet =
+        std::fs::read(workspace().join("quantizer/tests/golden/documents.parquet")).expect("there");
+    // The decoder of Parquet panics at this one.
+    parquet[2625] ^= 1;
+    for (name, contents, says) in [
+        ("empty.jsonl", &b""[..], "no documents"),
+        ("broken.jsonl", b"\"w1\"\n{\"text\": w1}\n", "line 2, column 10"),
+        ("latin.json", b"\"w1 \xe9\"", "byte 4 is not UTF-8"),
+        ("other.jsonl", b"{\"body\": \"w1\"}\n", "line 1: none of the known fields, it has \"body\""),
+        ("short.txt", b"w1 w2", "2 tokens, fewer than one sequence of 64"),
+        ("text.parquet", b"w1 w2", "cannot be read as Parquet"),
+        ("damaged.parquet", &parquet, "it is damaged"),
+    ] {
+        let file = directory.path().join(name);
+        std::fs::write(&file, contents).expect("written");
+        let output = quantize(directory.path(), "rtn", &[&file]);
+        let message = String::from_utf8(output.stderr).expect("UTF-8");
+        assert_eq!(output.status.code(), Some(1), "{name}: {message}");
+        assert!(
+            message.lines().count() == 1 && message.contains(name) && message.contains(says),
+            "{message}"
+        );
+        assert!(!directory.path().join("out").exists(), "{name}");
+    }
+}
+
+#[test]
+fn documents_of_several_files_calibrate_and_those_skipped_are_named() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("some.jsonl");
+    let chat =
+        json!({"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]});
+    std::fs::write(&file, format!("{chat}\n{{\"text\": \"\"}}\n\"w4 w5\"\n")).expect("written");
+    let golden = workspace().join("quantizer/tests/golden/documents.parquet");
+    let output = quantize(directory.path(), "gptq", &[&file, &golden]);
+    let message = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("4 calibration samples are skipped"), "{message}");
+    assert!(message.contains("some.jsonl line 2: empty; "), "{message}");
+    assert!(message.contains("documents.parquet row 5: none of the known fields"), "{message}");
+    assert!(message.contains("fewer sequences than asked for"), "{message}");
 }

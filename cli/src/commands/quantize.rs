@@ -1,5 +1,7 @@
 //! `nibble quantize`: an INT4 checkpoint from a floating-point one.
 
+mod calibration;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -9,12 +11,10 @@ use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{WindowOptions, evaluate};
 use nibble_model::formats::{Format, GptqVersion, GroupSize};
 use nibble_model::tokenizer::Tokenizer;
-use nibble_quantizer::calibration::CalibrationOptions;
-use nibble_quantizer::{
-    Calibration, GptqSettings, Method, RangeSearch, Report, RunOptions, Settings, quantize,
-};
+use nibble_quantizer::{GptqSettings, Method, RangeSearch, Report, RunOptions, Settings, quantize};
 use serde_json::json;
 
+use self::calibration::CalibrationArguments;
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::output::{Progress, print_json, start_logging};
 
@@ -65,19 +65,8 @@ pub(crate) struct QuantizeArguments {
     /// error (default of gptq).
     #[arg(long, value_enum)]
     range: Option<RangeArgument>,
-    /// A UTF-8 text to calibrate on, or the word self: a text that the model writes, which needs the whole model
-    /// in memory. gptq needs one, rtn only measures its error with it.
-    #[arg(long, value_name = "FILE|self", required_if_eq("method", "gptq"))]
-    calibration: Option<PathBuf>,
-    /// Calibration sequences to draw from the text.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    samples: usize,
-    /// Tokens of a calibration sequence.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    sequence_length: usize,
-    /// Which calibration sequences are drawn.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    calibration: CalibrationArguments,
     /// Fraction of the mean Hessian diagonal added to the diagonal (gptq).
     #[arg(long, default_value_t = 0.01)]
     damp: f64,
@@ -180,10 +169,7 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
         Some(text) => Some(read_tokens(&checkpoint, text, arguments.eval_window)?),
         None => None,
     };
-    let calibration = match &arguments.calibration {
-        Some(source) => Some(calibrate(arguments, &checkpoint, &settings, source)?),
-        None => None,
-    };
+    let calibration = arguments.calibration.read(&checkpoint, &settings, &arguments.device)?;
     let mut bar = Progress::new(format!("quantizing {}", arguments.model));
     let cpu = arguments.device.cpu();
     let options = RunOptions {
@@ -232,27 +218,6 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     }
     println!("wrote {}", arguments.out.display());
     Ok(())
-}
-
-/// The calibration sequences of the text `source`, or written by the model itself.
-fn calibrate(
-    arguments: &QuantizeArguments,
-    checkpoint: &Checkpoint,
-    settings: &Settings,
-    source: &Path,
-) -> anyhow::Result<Calibration> {
-    let QuantizeArguments { samples, sequence_length, seed, .. } = *arguments;
-    let options = CalibrationOptions { samples, sequence_length, seed };
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-    if source != Path::new("self") {
-        return Ok(Calibration::from_text(source, &tokenizer, checkpoint.config(), options)?);
-    }
-    settings.check(checkpoint.config())?;
-    let mut model = load(checkpoint, &arguments.device, sequence_length)?;
-    let mut bar = Progress::new("writing the calibration text");
-    Ok(Calibration::from_model(&mut model, &tokenizer, options, &mut |tokens, wanted| {
-        bar.update(tokens as u64, wanted as u64, "tokens");
-    })?)
 }
 
 /// The mean and the largest relative error of each kind of matrix.

@@ -11,7 +11,8 @@ use nibble_kernels::backend::Backend;
 use nibble_model::forward::{BLOCK_SIZE, Batch, Model, SequenceRows};
 use nibble_model::tokenizer::Tokenizer;
 
-use super::{Calibration, CalibrationOptions, split_mix};
+use super::packing::split_mix;
+use super::{Calibration, CalibrationOptions};
 use crate::error::QuantizeError;
 
 /// Sequences written side by side: bounds the KV cache, and keeps the weights' reads shared.
@@ -33,14 +34,7 @@ impl Calibration {
         let CalibrationOptions { samples, sequence_length, seed } = options;
         let prefix = tokenizer.encode("", true)?;
         let longest = model.max_positions().min(model.config().max_position_embeddings);
-        if samples == 0 || sequence_length > longest || sequence_length < prefix.len() + 2 {
-            return Err(QuantizeError::Settings {
-                name: "calibration".to_owned(),
-                found: format!("{samples} sequences of {sequence_length} tokens"),
-                expected: format!("at least 1 sequence of {} to {longest} tokens", prefix.len() + 2),
-                help: "change --samples or --sequence-length".to_owned(),
-            });
-        }
+        options.check(prefix.len() + 2, longest)?;
         let vocabulary = model.config().vocabulary_size;
         let mut sequences: Vec<Vec<u32>> = Vec::with_capacity(samples);
         for sequence in 0..samples {

@@ -7,7 +7,6 @@ use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::formats::{Format, GptqVersion, GroupSize};
 use nibble_model::forward::{Batch, Model};
-use nibble_model::tokenizer::Tokenizer;
 use safetensors::Dtype;
 
 use super::*;
@@ -97,9 +96,8 @@ fn write_text(parent: &Path, words: usize) -> PathBuf {
 }
 
 fn calibration(checkpoint: &Checkpoint, text: &Path) -> Result<Calibration, QuantizeError> {
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let options = CalibrationOptions { samples: 12, sequence_length: 50, seed: 3 };
-    Calibration::from_text(text, &tokenizer, checkpoint.config(), options)
+    Calibration::from_files(&[text.to_owned()], None, checkpoint, options)
 }
 
 fn settings(method: Method) -> Settings {
