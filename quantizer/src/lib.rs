@@ -12,12 +12,15 @@ mod hessian;
 mod methods;
 mod output;
 mod pipeline;
-mod report;
+pub mod quality_gate;
+pub mod report;
 mod settings;
 mod threads;
+mod verify;
 
 pub use calibration::Calibration;
 pub use error::QuantizeError;
 pub use pipeline::{Progress, quantize};
 pub use report::{MatrixReport, Report};
 pub use settings::{GptqSettings, Method, RangeSearch, Settings};
+pub use verify::verify;

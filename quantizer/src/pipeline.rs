@@ -102,18 +102,12 @@ pub fn quantize<B: Backend>(
             };
             for &role in input.roles() {
                 let spec = role.spec(config, index);
-                let (matrix, relative_error) =
-                    quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
+                let (matrix, measured) = quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
                 quantization.write_linear(&mut writer, &spec.name, &matrix)?;
                 let elements = (spec.out_features * spec.in_features) as f64;
                 bits += matrix.bits_per_weight() * elements;
                 weights += elements;
-                report.push(MatrixReport {
-                    name: spec.name.clone(),
-                    bits: matrix.bits(),
-                    group_size: matrix.group_size(),
-                    relative_error,
-                });
+                report.push(measured);
                 progress(Progress {
                     matrices_done: report.len(),
                     matrices: quantized.len(),

@@ -8,6 +8,7 @@ use nibble_model::formats::{
     ActivationOrder, Format, GroupSize, Misfit, ModuleSettings, QuantizationConfig, QuantizationPlan,
 };
 use nibble_model::forward::LinearRole;
+use serde::Serialize;
 
 use crate::error::QuantizeError;
 
@@ -15,7 +16,7 @@ use crate::error::QuantizeError;
 const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
 
 /// How a model is to be quantized.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Settings {
     /// How codes are chosen.
     pub method: Method,
@@ -34,7 +35,8 @@ pub struct Settings {
 }
 
 /// How codes are chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Method {
     /// Each weight is rounded to the nearest value of its group's grid.
     RoundToNearest,
@@ -43,7 +45,7 @@ pub enum Method {
 }
 
 /// Settings of GPTQ alone.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct GptqSettings {
     /// Fraction of the Hessian's mean diagonal that is added to its diagonal.
     pub damping: f64,
@@ -55,7 +57,8 @@ pub struct GptqSettings {
 }
 
 /// How the range of a group is found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RangeSearch {
     /// The smallest range that clips nothing.
     MinMax,

@@ -249,7 +249,7 @@ fn the_error_from_the_hessian_is_the_error_of_the_outputs() {
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
     let expected = output_error(weights, &vec![0.0; outputs * inputs], &values);
-    let found = threads.run(|par| hessian.energy(weights.values, par));
+    let found = threads.run(|par| hessian.energy_by_input(weights.values, par)).iter().sum::<f64>();
     assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
 }
 
@@ -264,7 +264,7 @@ fn one_thread_and_three_give_the_same_bits() {
         let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0 };
         let grid = Grid::new(&settings(false, RangeSearch::MeanSquare));
         let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
-        let energy = threads.run(|par| hessian.energy(weights.values, par));
+        let energy = threads.run(|par| hessian.energy_by_input(weights.values, par)).iter().sum::<f64>();
         (threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)), energy)
     };
     assert!(run(1) == run(3));

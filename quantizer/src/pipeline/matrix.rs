@@ -10,6 +10,7 @@ use crate::hessian::Hessian;
 use crate::methods::gptq::InverseFactor;
 use crate::methods::refine::{Target, refine};
 use crate::methods::{Weights, assemble, gptq, rtn};
+use crate::report::{MatrixReport, measure};
 use crate::settings::{GptqSettings, Method, Settings};
 use crate::threads::Threads;
 
@@ -54,25 +55,22 @@ impl InputStatistics {
         Ok(Self::Factored { hessian, factor, settings })
     }
 
-    /// The weighted sum of squares of the rows of `difference`: of outputs, where inputs are known.
-    fn energy(&self, difference: &[f32], threads: &Threads) -> f64 {
+    fn hessian(&self) -> Option<&Hessian> {
         match self {
-            Self::Unknown => difference.iter().map(|&value| f64::from(value).powi(2)).sum(),
-            Self::Measured(hessian) | Self::Factored { hessian, .. } => {
-                threads.run(|par| hessian.energy(difference, par))
-            }
+            Self::Unknown => None,
+            Self::Measured(hessian) | Self::Factored { hessian, .. } => Some(hessian),
         }
     }
 }
 
-/// Quantizes one matrix of `checkpoint` and measures its relative error.
+/// Quantizes one matrix of `checkpoint` and measures its error.
 pub(super) fn quantize_matrix(
     checkpoint: &Checkpoint,
     spec: &LinearSpec,
     settings: &Settings,
     statistics: &InputStatistics,
     threads: &Threads,
-) -> Result<(QuantizedMatrix, f64), QuantizeError> {
+) -> Result<(QuantizedMatrix, MatrixReport), QuantizeError> {
     let (outputs, inputs) = (spec.out_features, spec.in_features);
     let values = checkpoint.dense(&format!("{}.weight", spec.name), outputs, inputs)?.to_f32();
     if let Some(position) = values.iter().position(|value| !value.is_finite()) {
@@ -98,10 +96,6 @@ pub(super) fn quantize_matrix(
     });
     let matrix = assemble(weights, settings.bits, group_size, codes, &grids)
         .map_err(QuantizeError::matrix(&spec.name))?;
-    let mut difference = matrix.dequantize();
-    for (difference, value) in difference.iter_mut().zip(&values) {
-        *difference -= value;
-    }
-    let (error, whole) = (statistics.energy(&difference, threads), statistics.energy(&values, threads));
-    Ok((matrix, if whole > 0.0 { error / whole } else { 0.0 }))
+    let report = measure(&spec.name, &matrix, &values, statistics.hessian(), threads);
+    Ok((matrix, report))
 }
