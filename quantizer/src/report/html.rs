@@ -92,5 +92,7 @@ pub(super) fn render(run: &RunReport) -> Result<String, QuantizeError> {
         matrices => report.layers.iter().map(Row::new).collect::<Vec<_>>(),
     };
     // The name ends in .html: every value is escaped.
-    Environment::new().render_named_str("report.html", TEMPLATE, page).map_err(report_error)
+    let mut environment = Environment::new();
+    environment.set_keep_trailing_newline(true);
+    environment.render_named_str("report.html", TEMPLATE, page).map_err(report_error)
 }
