@@ -74,6 +74,7 @@ pub(super) fn render(run: &RunReport) -> Result<String, QuantizeError> {
         }
     });
     let page = context! {
+        title => run.title(),
         model => run.model,
         command => run.command,
         settings => settings,

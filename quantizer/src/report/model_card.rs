@@ -89,7 +89,8 @@ fn render(run: &RunReport, inherited: &[(String, String)]) -> Result<String, Qua
     });
     let card = context! {
         mark => MARK,
-        title => title(run),
+        // A name must not end the line of the heading.
+        title => run.title().replace(['\n', '\r'], " "),
         base_model => run.base_model,
         inherited => inherited,
         tags => tags,
@@ -106,14 +107,6 @@ fn render(run: &RunReport, inherited: &[(String, String)]) -> Result<String, Qua
     let mut environment = Environment::new();
     environment.set_keep_trailing_newline(true);
     environment.render_named_str(FILE, TEMPLATE, card).map_err(report_error)
-}
-
-/// What the model is called: its id, or the last part of its directory.
-fn title(run: &RunReport) -> String {
-    let directory = Path::new(&run.model).file_name().map(|name| name.to_string_lossy().into_owned());
-    let title = run.base_model.clone().or(directory).unwrap_or_else(|| run.model.clone());
-    // A name must not end the line of the heading.
-    title.replace(['\n', '\r'], " ")
 }
 
 #[cfg(test)]

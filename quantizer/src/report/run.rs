@@ -118,6 +118,12 @@ impl RunReport {
         replace_file(out, HTML_FILE, html::render(self)?.as_bytes())?;
         model_card::write(self, source, out)
     }
+
+    /// What the model is called: its id, or the last part of its directory.
+    pub(super) fn title(&self) -> String {
+        let directory = Path::new(&self.model).file_name().map(|name| name.to_string_lossy().into_owned());
+        self.base_model.clone().or(directory).unwrap_or_else(|| self.model.clone())
+    }
 }
 
 pub(super) fn report_error(error: impl ToString) -> QuantizeError {
