@@ -104,9 +104,8 @@ pub fn quantize<B: Backend>(
                 let spec = role.spec(config, index);
                 let (matrix, measured) = quantize_matrix(checkpoint, &spec, settings, &statistics, &threads)?;
                 quantization.write_linear(&mut writer, &spec.name, &matrix)?;
-                let elements = (spec.out_features * spec.in_features) as f64;
-                bits += matrix.bits_per_weight() * elements;
-                weights += elements;
+                bits += measured.bits_per_weight * measured.weights as f64;
+                weights += measured.weights as f64;
                 report.push(measured);
                 progress(Progress {
                     matrices_done: report.len(),

@@ -42,6 +42,8 @@ pub(crate) fn measure(
         name: name.to_owned(),
         bits: matrix.bits(),
         group_size: matrix.group_size(),
+        weights: weights.len(),
+        bits_per_weight: matrix.bits_per_weight(),
         relative_error: if whole > 0.0 { error / whole } else { 0.0 },
         largest_error_inputs: largest(&errors),
         largest_activation_inputs: largest(&activations),

@@ -27,6 +27,10 @@ pub struct MatrixReport {
     pub bits: u32,
     /// Inputs that share a scale.
     pub group_size: usize,
+    /// Weights of the matrix.
+    pub weights: usize,
+    /// Bits stored for each weight, scales and zero points included.
+    pub bits_per_weight: f64,
     /// `|(W - Wq) X|^2 / |W X|^2` over the calibration data `X`; without calibration data `|W - Wq|^2 / |W|^2`.
     pub relative_error: f64,
     /// The inputs that carry most of that error, as parts of it, largest first.

@@ -52,12 +52,14 @@ pub struct RunReport {
 /// What a model was calibrated on.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CalibrationDescription {
-    /// The file, or `self`.
-    pub source: String,
+    /// The files, or `self`.
+    pub sources: Vec<String>,
     /// Sequences used.
     pub samples: usize,
     /// Tokens of each.
     pub sequence_length: usize,
+    /// Tokens in all.
+    pub tokens: usize,
     /// Which sequences were drawn.
     pub seed: u64,
 }

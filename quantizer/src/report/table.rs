@@ -34,6 +34,10 @@ fn add_fields(rows: &mut Vec<(String, String)>, name: &str, value: &Value) {
             }
         }
         Value::Null => {}
+        Value::Array(items) => {
+            let text = |item: &Value| item.as_str().map_or_else(|| item.to_string(), str::to_owned);
+            rows.push((name.to_owned(), items.iter().map(text).collect::<Vec<_>>().join(", ")));
+        }
         Value::Bool(value) => rows.push((name.to_owned(), if *value { "yes" } else { "no" }.to_owned())),
         Value::String(text) => rows.push((name.to_owned(), text.clone())),
         other => rows.push((name.to_owned(), other.to_string())),

@@ -18,6 +18,8 @@ pub(crate) fn report(layers: usize) -> Report {
         name: format!("model.layers.{layer}.{}", kinds[kind]),
         bits: 4,
         group_size: 128,
+        weights: 4096,
+        bits_per_weight: 4.156,
         relative_error: 0.001 * (layer + 1) as f64 * 10f64.powi(kind as i32),
         largest_error_inputs: vec![InputShare { input: 7 + layer, share: 0.25 }],
         largest_activation_inputs: vec![InputShare { input: 9, share: 0.5 }],
@@ -45,9 +47,10 @@ pub(crate) fn run_report() -> RunReport {
             threads: 2,
         },
         calibration: Some(CalibrationDescription {
-            source: "valid.txt".to_owned(),
+            sources: vec!["valid.txt".to_owned(), "more.txt".to_owned()],
             samples: 64,
             sequence_length: 512,
+            tokens: 64 * 512,
             seed: 0,
         }),
         seconds: 12.5,
@@ -195,4 +198,6 @@ fn numbers_and_settings_are_written_for_people() {
     let value = |name: &str| rows.iter().find(|row| row.0 == name).map(|row| row.1.as_str());
     assert_eq!(value("method gptq damping"), Some("0.01"));
     assert_eq!(value("symmetric"), Some("no"));
+    let rows = fields(&run_report().calibration).unwrap();
+    assert_eq!(rows[0], ("sources".to_owned(), "valid.txt, more.txt".to_owned()));
 }

@@ -72,7 +72,7 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
         println!("wrote {}; its report is nibble_report.html", arguments.out.display());
     }
     if let Some(outcome) = run.quality_gate.filter(|outcome| outcome.status != GateStatus::Passed) {
-        let tokens = run.calibration.as_ref().map(|data| data.samples * data.sequence_length);
+        let tokens = run.calibration.as_ref().map(|data| data.tokens);
         let explanation = explain_failure(outcome, &run.report, &run.settings, tokens);
         bail!("{explanation}\n  {} is kept, marked as failed", arguments.out.display());
     }

@@ -18,9 +18,10 @@ pub(super) fn start_report(
     report: Report,
 ) -> RunReport {
     let describe = |calibration: &Calibration| CalibrationDescription {
-        source: arguments.calibration.as_ref().map_or_else(String::new, |path| path.display().to_string()),
+        sources: arguments.calibration.iter().map(|path| path.display().to_string()).collect(),
         samples: calibration.sequences().len(),
         sequence_length: calibration.sequence_length(),
+        tokens: calibration.sequences().iter().map(Vec::len).sum(),
         seed: arguments.seed,
     };
     RunReport {
