@@ -1,14 +1,25 @@
 //! How much memory a server takes, decided before any of it is allocated.
 
+use std::path::Path;
+
 use anyhow::ensure;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::config::ModelConfig;
-use nibble_model::forward::{BLOCK_SIZE, kv_block_bytes};
+use nibble_model::forward::{BLOCK_SIZE, Spill, kv_block_bytes};
 
 /// What the KV cache takes at most unless told otherwise: it is allocated at once, whoever comes.
 const DEFAULT_KV_CACHE_BYTES: u64 = 4 << 30;
 /// The part of the free memory that the KV cache takes at most unless told otherwise.
 const DEFAULT_KV_CACHE_PART: u64 = 4;
+
+/// Hidden states of an evaluation that are held in memory; more of them go to a file.
+const HIDDEN_STATES_BYTES: u64 = 2 << 30;
+
+/// Where the hidden states of a model that is evaluated layer by layer go when there are many: a file without a
+/// name in `directory`.
+pub(crate) fn spill(directory: &Path) -> Spill {
+    Spill { memory_bytes: HIDDEN_STATES_BYTES, directory: directory.to_owned() }
+}
 
 /// What a server asks for.
 #[derive(Clone, Copy, Debug)]

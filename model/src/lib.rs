@@ -14,4 +14,5 @@ pub mod hub;
 pub mod import;
 pub mod inspection;
 mod mapped_file;
+pub mod self_test;
 pub mod tokenizer;

@@ -85,6 +85,24 @@ pub enum QuantizeError {
         /// What to do.
         help: String,
     },
+    /// What was written reads back as something else.
+    #[error(
+        "{}: the dequantized weights of {name} have the checksum {found}, expected {expected}, that of the matrix that was written; the disk or the memory is faulty: remove the directory and quantize again",
+        directory.display()
+    )]
+    Verification {
+        /// The linear layer.
+        name: String,
+        /// What was read.
+        found: String,
+        /// What was computed.
+        expected: String,
+        /// The checkpoint.
+        directory: PathBuf,
+    },
+    /// A report or a model card could not be made.
+    #[error("the report cannot be made: {0}; the checkpoint itself is complete")]
+    Report(String),
     /// The operating system gives no threads.
     #[error("cannot start {threads} threads: {problem}; give a smaller --threads")]
     Threads {

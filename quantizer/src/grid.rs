@@ -124,6 +124,11 @@ impl Grid {
         Self { bits: settings.bits, symmetric: settings.symmetric, range: settings.range }
     }
 
+    /// The grids that clip nothing.
+    pub(crate) fn whole_range(bits: u32, symmetric: bool) -> Self {
+        Self { bits, symmetric, range: RangeSearch::MinMax }
+    }
+
     /// The grid for a group of finite `weights`; `importance` says how much an error of each counts.
     pub(crate) fn fit(&self, weights: &[f32], importance: &[f32]) -> Affine {
         let low = weights.iter().copied().fold(0.0f32, f32::min);

@@ -130,11 +130,12 @@ impl Hessian {
         Some(upper)
     }
 
-    /// Sum over rows of `d H d^T`, `rows` row-major `[any, inputs]`.
-    pub(crate) fn energy(&self, rows: &[f32], par: Par) -> f64 {
+    /// What each input has of the sum over rows of `d H d^T`: `d[i] * (H d^T)[i]`, summed over rows. `rows` is
+    /// row-major `[any, inputs]`. The part of an input whose error makes up for that of others is negative.
+    pub(crate) fn energy_by_input(&self, rows: &[f32], par: Par) -> Vec<f64> {
         let inputs = self.inputs();
         let mut products = vec![0.0f32; ERROR_ROWS.min(rows.len() / inputs.max(1)) * inputs];
-        let mut energy = 0.0;
+        let mut energies = vec![0.0; inputs];
         for rows in rows.chunks(ERROR_ROWS * inputs.max(1)) {
             let count = rows.len() / inputs;
             let products = &mut products[..rows.len()];
@@ -146,8 +147,12 @@ impl Hessian {
                 1.0,
                 par,
             );
-            energy += rows.iter().zip(products).map(|(&d, p)| f64::from(d) * f64::from(*p)).sum::<f64>();
+            for (rows, products) in rows.chunks_exact(inputs).zip(products.chunks_exact(inputs)) {
+                for ((energy, &d), &p) in energies.iter_mut().zip(rows).zip(products) {
+                    *energy += f64::from(d) * f64::from(p);
+                }
+            }
         }
-        energy
+        energies
     }
 }

@@ -58,7 +58,7 @@ pub(crate) fn identity(
     json!({
         "nibble": env!("CARGO_PKG_VERSION"),
         "model": format!("{:016x}", model.finish()),
-        "settings": format!("{:?}", Settings { threads: 0, ..settings.clone() }),
+        "settings": Settings { threads: 0, ..settings.clone() },
         "calibration data": format!("{:016x}", sequences.finish()),
     })
 }

@@ -13,12 +13,15 @@ mod journal;
 mod methods;
 mod output;
 mod pipeline;
-mod report;
+pub mod quality_gate;
+pub mod report;
 mod settings;
 mod threads;
+mod verify;
 
 pub use calibration::Calibration;
 pub use error::QuantizeError;
 pub use pipeline::{Progress, RunOptions, quantize};
 pub use report::{MatrixReport, Report};
 pub use settings::{GptqSettings, Method, RangeSearch, Settings};
+pub use verify::verify;

@@ -3,11 +3,10 @@
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorInfo};
 use nibble_model::error::CheckpointError;
 use nibble_model::formats::QuantizationConfig;
-use nibble_model::forward::LinearRole;
 use serde_json::{Map, Value};
 
 /// What the names of all decoder layers' tensors begin with; the layer's number follows.
-const LAYERS: &str = "model.layers.";
+pub(crate) const LAYERS: &str = "model.layers.";
 /// Files that are the same for the quantized model.
 const COPIED: [&str; 13] = [
     "generation_config.json",
@@ -31,18 +30,6 @@ pub(crate) fn copy_shared_tensors(
     writer: &mut CheckpointWriter,
 ) -> Result<(), CheckpointError> {
     copy_tensors(checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(LAYERS)), writer)
-}
-
-/// Copies the tensors of decoder layer `index` but the weights of its linear layers.
-pub(crate) fn copy_layer_tensors(
-    checkpoint: &Checkpoint,
-    index: usize,
-    writer: &mut CheckpointWriter,
-) -> Result<(), CheckpointError> {
-    let prefix = format!("{LAYERS}{index}.");
-    let weights = LinearRole::ALL.map(|role| role.spec(checkpoint.config(), index).weight_name());
-    let tensors = checkpoint.tensors().filter(|tensor| tensor.name.starts_with(&prefix));
-    copy_tensors(tensors.filter(|tensor| !weights.iter().any(|weight| weight == tensor.name)), writer)
 }
 
 /// Copies `tensors` as they are.

@@ -3,6 +3,7 @@
 //! ```text
 //! hidden = embedding of the calibration tokens
 //! for each decoder layer:
+//!     where inputs are to be scaled: find the scales, fold them into the layer
 //!     for each input of linear layers (query/key/value, attention output, gate/up, down):
 //!         run the layer up to there, with what is quantized already     -> Hessian of the input
 //!         quantize the linear layers that multiply it, write them, put them into the layer
@@ -14,6 +15,7 @@
 //! where errors are corrected. What is finished is in the [journal](crate::journal); the output is put together
 //! from it at the end.
 
+mod layer_tensors;
 mod matrix;
 mod states;
 mod streams;
@@ -24,19 +26,22 @@ use std::path::Path;
 use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
-use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
 use nibble_model::formats::QuantizationConfig;
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, check_dense};
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, check_dense};
 
+use self::layer_tensors::LayerTensors;
 use self::matrix::{InputStatistics, quantize_matrix};
 use self::streams::{LayerPair, LinearInput, Streams};
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
+use crate::grid::Grid;
 use crate::journal::{self, Journal};
+use crate::methods::Weights;
+use crate::methods::awq::{self, SharedInput};
 use crate::output;
 use crate::report::{MatrixReport, Report};
-use crate::settings::{GptqSettings, Method, Settings};
+use crate::settings::Settings;
 use crate::threads::Threads;
 
 /// How far quantization has come.
@@ -80,11 +85,11 @@ pub fn quantize<B: Backend>(
 ) -> Result<Report, QuantizeError> {
     settings.check(checkpoint.config())?;
     check_dense(checkpoint)?;
-    if calibration.is_none() && matches!(settings.method, Method::Gptq(_)) {
+    if calibration.is_none() && settings.needs_calibration() {
         return Err(QuantizeError::Settings {
             name: "--calibration".to_owned(),
             found: "missing".to_owned(),
-            expected: "a text file, which GPTQ needs".to_owned(),
+            expected: format!("calibration data, which --method {} needs", settings.method.name()),
             help: "name one, or use --method rtn".to_owned(),
         });
     }
@@ -99,7 +104,7 @@ pub fn quantize<B: Backend>(
     let mut journal = Journal::open(out, &identity, options.resume, options.journal_interval)?;
     let streams = match calibration {
         Some(calibration) => {
-            let spill = (run.corrects(), options.memory_limit, parent.as_path());
+            let spill = (settings.correction, options.memory_limit, parent.as_path());
             let states = journal.states()?;
             Some(Streams::start(backend, checkpoint, calibration, spill, states.as_ref())?)
         }
@@ -133,11 +138,6 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Whether the errors of earlier layers are corrected.
-    fn corrects(&self) -> bool {
-        matches!(self.settings.method, Method::Gptq(GptqSettings { correction: true, .. }))
-    }
-
     /// Quantizes every layer that `journal` does not hold yet.
     fn layers<B: Backend>(
         &self,
@@ -148,7 +148,6 @@ impl Run<'_> {
         let layers = self.checkpoint.config().layers;
         for index in journal.finished()..layers {
             let mut writer = journal.layer_writer(index)?;
-            output::copy_layer_tensors(self.checkpoint, index, &mut writer)?;
             let mut reports: Vec<MatrixReport> = Vec::with_capacity(LinearRole::ALL.len());
             self.layer(index, streams.as_mut(), &mut writer, &mut |report| {
                 reports.push(report);
@@ -179,20 +178,28 @@ impl Run<'_> {
         done: &mut dyn FnMut(MatrixReport),
     ) -> Result<(), QuantizeError> {
         let Self { checkpoint, settings, quantization, threads } = self;
+        let mut tensors = LayerTensors::new(checkpoint, index);
         let mut layer = match &streams {
             Some(streams) => Some(LayerPair {
                 quantized: DecoderLayer::load(streams.backend(), checkpoint, index)?,
-                original: match self.corrects() {
+                original: match settings.correction {
                     true => Some(DecoderLayer::load(streams.backend(), checkpoint, index)?),
                     false => None,
                 },
             }),
             None => None,
         };
+        if let (true, Some(streams), Some(layer)) =
+            (settings.method.scales_inputs(), &mut streams, &mut layer)
+        {
+            self.scale_inputs(streams, &mut layer.quantized, &mut tensors)?;
+        }
+        tensors.write(writer)?;
         for input in LinearInput::ALL {
             let statistics = match (&mut streams, &layer) {
                 (Some(streams), Some(layer)) => {
-                    let (hessian, drift) = streams.statistics(layer, input, threads)?;
+                    let scales = tensors.input_scales(input);
+                    let (hessian, drift) = streams.statistics(layer, input, scales.as_deref(), threads)?;
                     let name = input.roles()[0].spec(checkpoint.config(), index).name;
                     InputStatistics::new(hessian, drift, settings, &name, threads)?
                 }
@@ -200,11 +207,14 @@ impl Run<'_> {
             };
             for &role in input.roles() {
                 let spec = role.spec(checkpoint.config(), index);
-                let (matrix, report) = quantize_matrix(checkpoint, &spec, settings, &statistics, threads)?;
+                let weights = tensors.weight(role)?;
+                let (matrix, report) = quantize_matrix(weights, &spec, settings, &statistics, threads)?;
                 quantization.write_linear(writer, &spec.name, &matrix)?;
                 done(report);
                 if let (Some(streams), Some(layer)) = (&streams, &mut layer) {
-                    layer.quantized.replace(role, pack(streams.backend(), checkpoint, &spec, matrix)?);
+                    let (matrix, bias) = (LinearWeight::Quantized(matrix), tensors.bias(role)?);
+                    let linear = Linear::pack(streams.backend(), &spec.name, &matrix, bias.as_deref());
+                    layer.quantized.replace(role, linear.map_err(QuantizeError::matrix(&spec.name))?);
                 }
             }
         }
@@ -212,6 +222,41 @@ impl Run<'_> {
             (Some(streams), Some(layer)) => streams.finish_layer(layer),
             _ => Ok(()),
         }
+    }
+
+    /// Finds scales for the inputs of `layer`, which is not quantized yet, and folds them into it and `tensors`.
+    fn scale_inputs<B: Backend>(
+        &self,
+        streams: &mut Streams<B>,
+        layer: &mut DecoderLayer<B>,
+        tensors: &mut LayerTensors<'_>,
+    ) -> Result<(), QuantizeError> {
+        let Settings { bits, symmetric, group_size, .. } = *self.settings;
+        let hessians = streams.profile(layer, &self.threads)?;
+        for (input, hessian) in LinearInput::ALL.into_iter().zip(hessians) {
+            let inputs = hessian.inputs();
+            let scale_of_input: Vec<usize> = match input {
+                LinearInput::AttentionOutput => tensors.value_channels(),
+                _ => (0..inputs).collect(),
+            };
+            let values = input.roles().iter().map(|&role| tensors.weight(role));
+            let values = values.collect::<Result<Vec<_>, _>>()?;
+            let matrices: Vec<Weights<'_>> = values
+                .iter()
+                .map(|values| Weights { out_features: values.len() / inputs, in_features: inputs, values })
+                .collect();
+            let shared = SharedInput {
+                matrices: &matrices,
+                hessian: &hessian,
+                scale_of_input: &scale_of_input,
+                scales: scale_of_input.iter().max().map_or(0, |last| last + 1),
+                group_size: group_size.inputs(inputs),
+                grid: Grid::whole_range(bits, symmetric),
+            };
+            let scales = self.threads.run(|par| awq::search(&shared, par));
+            tensors.fold(input, scales)?;
+        }
+        tensors.fold_into(streams.backend(), layer)
     }
 
     /// Puts the output together from `journal`, which holds every layer.
@@ -235,19 +280,4 @@ impl Run<'_> {
             layers,
         })
     }
-}
-
-/// The linear layer in device form, with the bias of the checkpoint.
-fn pack<B: Backend>(
-    backend: &B,
-    checkpoint: &Checkpoint,
-    spec: &LinearSpec,
-    matrix: QuantizedMatrix,
-) -> Result<Linear<B>, QuantizeError> {
-    let bias = match spec.bias {
-        true => Some(checkpoint.vector(&spec.bias_name(), spec.out_features)?),
-        false => None,
-    };
-    Linear::pack(backend, &spec.name, &LinearWeight::Quantized(matrix), bias.as_deref())
-        .map_err(QuantizeError::matrix(&spec.name))
 }

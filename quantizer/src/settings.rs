@@ -8,6 +8,7 @@ use nibble_model::formats::{
     ActivationOrder, Format, GroupSize, Misfit, ModuleSettings, QuantizationConfig, QuantizationPlan,
 };
 use nibble_model::forward::LinearRole;
+use serde::Serialize;
 
 use crate::error::QuantizeError;
 
@@ -15,10 +16,15 @@ use crate::error::QuantizeError;
 const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
 
 /// How a model is to be quantized.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Settings {
     /// How codes are chosen.
     pub method: Method,
+    /// Whether weights move, before they are rounded, to those that make up for the errors of the layers before.
+    /// Needs calibration data.
+    pub correction: bool,
+    /// Fraction of the Hessian's mean diagonal that is added to its diagonal, for GPTQ and for correction.
+    pub damping: f64,
     /// Bits of a code: 3, 4 or 8.
     pub bits: u32,
     /// Inputs that share a scale and a zero point.
@@ -34,30 +40,57 @@ pub struct Settings {
 }
 
 /// How codes are chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Each weight is rounded to the nearest value of its group's grid.
     RoundToNearest,
+    /// The same, after inputs with large activations were given finer steps (AWQ).
+    Awq,
     /// Each input's rounding error is made up for by the inputs that come after it (GPTQ).
     Gptq(GptqSettings),
+    /// GPTQ after the scaling of AWQ.
+    AwqGptq(GptqSettings),
 }
 
 /// Settings of GPTQ alone.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct GptqSettings {
-    /// Fraction of the Hessian's mean diagonal that is added to its diagonal.
-    pub damping: f64,
     /// Whether inputs are quantized in order of falling activation. Groups stay consecutive inputs, so that
     /// no permutation is needed at run time; their grids are then fixed before the first input.
     pub activation_order: bool,
     /// How often each code and scale is set again to its best value while all others stay.
     pub refinement_sweeps: usize,
-    /// Whether weights move, before they are rounded, to those that make up for the errors of the layers before.
-    pub correction: bool,
+}
+
+impl Method {
+    /// What the command line calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RoundToNearest => "rtn",
+            Self::Awq => "awq",
+            Self::Gptq(_) => "gptq",
+            Self::AwqGptq(_) => "awq-gptq",
+        }
+    }
+
+    /// The settings of GPTQ, where it is part of the method.
+    pub fn gptq(self) -> Option<GptqSettings> {
+        match self {
+            Self::RoundToNearest | Self::Awq => None,
+            Self::Gptq(settings) | Self::AwqGptq(settings) => Some(settings),
+        }
+    }
+
+    /// Whether inputs are scaled before weights are rounded.
+    pub fn scales_inputs(self) -> bool {
+        matches!(self, Self::Awq | Self::AwqGptq(_))
+    }
 }
 
 /// How the range of a group is found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RangeSearch {
     /// The smallest range that clips nothing.
     MinMax,
@@ -78,9 +111,8 @@ impl Settings {
         if !matches!(self.bits, 3 | 4 | 8) {
             return refuse("--bits", self.bits.to_string(), "3, 4 or 8", "4 is usual");
         }
-        if let Method::Gptq(GptqSettings { damping, .. }) = self.method
-            && !(damping > 0.0 && damping.is_finite())
-        {
+        let damping = self.damping;
+        if self.factors() && !(damping > 0.0 && damping.is_finite()) {
             return refuse("--damp", damping.to_string(), "a positive number", "0.01 is usual");
         }
         if config.quantization.is_some() {
@@ -114,9 +146,19 @@ impl Settings {
         Ok(())
     }
 
+    /// Whether Hessians are factored.
+    pub(crate) fn factors(&self) -> bool {
+        self.correction || self.method.gptq().is_some()
+    }
+
+    /// Whether calibration data must be there.
+    pub(crate) fn needs_calibration(&self) -> bool {
+        self.factors() || self.method.scales_inputs()
+    }
+
     /// What every linear layer is quantized by.
     fn module_settings(&self) -> ModuleSettings {
-        let static_order = matches!(self.method, Method::Gptq(gptq) if gptq.activation_order);
+        let static_order = self.method.gptq().is_some_and(|gptq| gptq.activation_order);
         ModuleSettings {
             bits: self.bits,
             group_size: self.group_size,
@@ -134,10 +176,7 @@ impl Settings {
             settings: self.module_settings(),
             exceptions: BTreeMap::new(),
             quantize_lm_head: false,
-            damp_percent: match self.method {
-                Method::RoundToNearest => None,
-                Method::Gptq(gptq) => Some(gptq.damping),
-            },
+            damp_percent: self.method.gptq().map(|_| self.damping),
             quantizer: concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         QuantizationConfig::plan(self.format, &plan)

@@ -5,11 +5,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
-use nibble_model::evaluation::{WindowOptions, evaluate};
+use nibble_model::checkpoint::Checkpoint;
+use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, evaluate, evaluate_streamed};
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::memory::spill;
 use crate::output::{Progress, print_json};
 
 /// Arguments of `nibble eval`.
@@ -30,6 +32,9 @@ pub(crate) struct EvalArguments {
     /// A model to compare with: KL divergence, top-1 agreement, probability difference.
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+    /// Hold one decoder layer in memory at a time, for models larger than memory; the figures are the same.
+    #[arg(long)]
+    low_memory: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -45,18 +50,8 @@ pub(crate) fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let tokens = tokenizer.encode(&text, false)?;
-    let mut model = load(&checkpoint, &arguments.device, arguments.window)?;
-    let mut reference = match &arguments.reference {
-        Some(reference) => Some(load(&open_checkpoint(reference)?, &arguments.device, arguments.window)?),
-        None => None,
-    };
-    let options = WindowOptions { window: arguments.window, windows: arguments.windows };
-    let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
-    let result = evaluate(&mut model, reference.as_mut(), &tokens, options, &mut |progress| {
-        let message = format!("perplexity {:.3}", progress.perplexity);
-        bar.update(progress.windows_done as u64, progress.windows as u64, &message);
-    })?;
-    drop(bar);
+    let reference = arguments.reference.as_deref().map(open_checkpoint).transpose()?;
+    let result = score(arguments, &checkpoint, reference.as_ref(), &tokens)?;
     let seconds = started.elapsed().as_secs_f64();
     if arguments.json {
         let mut report = json!({
@@ -82,4 +77,28 @@ pub(crate) fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     }
     println!("{seconds:.1} s");
     Ok(())
+}
+
+fn score(
+    arguments: &EvalArguments,
+    checkpoint: &Checkpoint,
+    reference: Option<&Checkpoint>,
+    tokens: &[u32],
+) -> anyhow::Result<Evaluation> {
+    let options = WindowOptions { window: arguments.window, windows: arguments.windows };
+    let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
+    if arguments.low_memory {
+        let (cpu, spill) = (arguments.device.cpu(), spill(&std::env::temp_dir()));
+        let mut progress = |progress: StreamedProgress| {
+            bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");
+        };
+        return Ok(evaluate_streamed(cpu, checkpoint, reference, tokens, options, &spill, &mut progress)?);
+    }
+    let load = |checkpoint| load(checkpoint, &arguments.device, arguments.window);
+    let mut model = load(checkpoint)?;
+    let mut reference = reference.map(load).transpose()?;
+    Ok(evaluate(&mut model, reference.as_mut(), tokens, options, &mut |progress| {
+        let message = format!("perplexity {:.3}", progress.perplexity);
+        bar.update(progress.windows_done as u64, progress.windows as u64, &message);
+    })?)
 }

@@ -1,12 +1,18 @@
 //! `nibble inspect`: what a model holds.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nibble_model::checkpoint::Checkpoint;
 use nibble_model::hub::ModelReference;
 use nibble_model::inspection::{Inspection, Weight, inspect};
+use nibble_model::self_test::SelfTest;
+use nibble_quantizer::quality_gate::recorded_outcome;
+use serde::Serialize;
+use serde_json::json;
 
+use crate::device::DeviceArguments;
 use crate::hub::model_directory;
 use crate::output::{print_json, print_text};
 
@@ -16,9 +22,14 @@ use crate::output::{print_json, print_text};
 pub(crate) struct InspectArguments {
     /// A model directory, a GGUF file or a Hugging Face id.
     model: String,
+    /// Check the weights and some logits against the nibble_self_test.json that `nibble quantize` wrote.
+    #[arg(long)]
+    verify: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    device: DeviceArguments,
 }
 
 /// Runs the command.
@@ -28,17 +39,62 @@ pub(crate) fn run(arguments: &InspectArguments) -> anyhow::Result<()> {
         ModelReference::Directory(_) | ModelReference::HubId(_) => model_directory(&arguments.model)?,
     };
     let inspection = inspect(&path)?;
+    let verification = match arguments.verify {
+        true => Some(verify(&path, arguments)?),
+        false => None,
+    };
+    let quality_gate = recorded_outcome(&path).unwrap_or_else(|error| {
+        eprintln!("warning: {error}");
+        None
+    });
     if arguments.json {
-        return print_json(&inspection);
+        let mut document = serde_json::to_value(&inspection)?;
+        if let Some(outcome) = &quality_gate {
+            document["quality_gate"] = json!(outcome);
+        }
+        if let Some(verification) = &verification {
+            document["verification"] = json!(verification);
+        }
+        return print_json(&document);
     }
     let mut text = String::new();
     for (name, value) in summary(&inspection) {
         writeln!(text, "{name:<16}{value}")?;
     }
+    if let Some(outcome) = quality_gate {
+        let passed = || "passed".to_owned();
+        writeln!(text, "{:<16}{}", "quality gate", outcome.warning().unwrap_or_else(passed))?;
+    }
+    if let Some(Verification { weights, largest_logit_difference, tolerance }) = verification {
+        let name = "self-test";
+        writeln!(
+            text,
+            "{name:<16}passed: {weights} weights, logits within {largest_logit_difference} of {tolerance}"
+        )?;
+    }
     for line in table(&inspection) {
         write!(text, "\n{line}")?;
     }
     print_text(&(text + "\n"))
+}
+
+/// What a self-test that passed has checked.
+#[derive(Serialize)]
+struct Verification {
+    weights: usize,
+    largest_logit_difference: f32,
+    tolerance: f32,
+}
+
+fn verify(path: &Path, arguments: &InspectArguments) -> anyhow::Result<Verification> {
+    let test = SelfTest::open(path)?;
+    let checkpoint = Checkpoint::open(path)?;
+    test.check_weights(&checkpoint)?;
+    Ok(Verification {
+        weights: test.weights.len(),
+        largest_logit_difference: test.check_streamed(arguments.device.cpu(), &checkpoint)?,
+        tolerance: test.tolerance,
+    })
 }
 
 /// Names and values of what is true of the whole model.

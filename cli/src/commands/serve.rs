@@ -10,7 +10,9 @@ use clap::{Args, ValueEnum};
 use nibble_engine::{Engine, EngineConfig, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
+use nibble_model::self_test::SelfTest;
 use nibble_model::tokenizer::Tokenizer;
+use nibble_quantizer::quality_gate::recorded_outcome;
 use nibble_server::{ServedModel, ServerOptions, ToolCallFormat};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
@@ -64,6 +66,10 @@ pub(crate) struct ServeArguments {
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
+    /// Before serving, check the weights and some logits against the nibble_self_test.json that `nibble quantize`
+    /// wrote; refuse to serve when they differ.
+    #[arg(long)]
+    self_test: bool,
     #[command(flatten)]
     device: DeviceArguments,
 }
@@ -97,6 +103,11 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let listener = std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {}:{}", arguments.host, arguments.port))?;
     let checkpoint = open_checkpoint(&arguments.model)?;
+    warn_of_quality_gate(checkpoint.directory());
+    let self_test = match arguments.self_test {
+        true => Some(SelfTest::open(checkpoint.directory())?),
+        false => None,
+    };
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let chat_template = ChatTemplate::open(checkpoint.directory())?;
     let generation_config = GenerationConfig::open(checkpoint.directory())?;
@@ -111,7 +122,15 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     if chat_template.is_none() {
         eprintln!("the model has no chat template: /v1/chat/completions will be refused");
     }
-    let model = load(&checkpoint, &arguments.device, plan.max_model_len)?;
+    if let Some(test) = &self_test {
+        test.check_weights(&checkpoint)?;
+    }
+    let mut model = load(&checkpoint, &arguments.device, plan.max_model_len)?;
+    if let Some(test) = &self_test {
+        let difference = test.check_model(&mut model, checkpoint.directory())?;
+        let (weights, tolerance) = (test.weights.len(), test.tolerance);
+        tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
+    }
     let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(&arguments.model));
     let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), engine_config(arguments))?;
     let served = ServedModel {
@@ -144,6 +163,18 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     result?;
     engine.join()?;
     Ok(())
+}
+
+/// A checkpoint whose quality was found wanting is served all the same, but not silently.
+fn warn_of_quality_gate(directory: &Path) {
+    match recorded_outcome(directory) {
+        Ok(outcome) => {
+            if let Some(warning) = outcome.and_then(|outcome| outcome.warning()) {
+                tracing::warn!("{warning}");
+            }
+        }
+        Err(error) => tracing::warn!("{error}"),
+    }
 }
 
 fn engine_config(arguments: &ServeArguments) -> EngineConfig {

@@ -162,15 +162,18 @@ impl QuantizedMatrix {
         f64::from(self.bits()) + groups * per_group / self.parts.codes.len().max(1) as f64
     }
 
-    /// A 64-bit FNV-1a hash of the dequantized weights' bits: equal for equal weights, whatever format
-    /// they came from.
+    /// The [`checksum`] of the dequantized weights' bits: equal for equal weights, whatever format they came
+    /// from.
     pub fn checksum(&self) -> u64 {
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        for weight in self.dequantize() {
-            hash = (hash ^ u64::from(weight.to_bits())).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-        hash
+        checksum(self.dequantize().into_iter().map(f32::to_bits))
     }
+}
+
+/// A 64-bit FNV-1a hash of `words`: it finds damage, not forgery.
+pub fn checksum(words: impl IntoIterator<Item = u32>) -> u64 {
+    words.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 #[cfg(test)]

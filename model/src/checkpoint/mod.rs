@@ -3,6 +3,7 @@
 //! Tensors are read when they are asked for; dense ones are borrowed from the map where their bytes are
 //! aligned. A truncated file, a wrong element type or shape and a missing tensor are one clear error each.
 
+mod replace_file;
 mod shard;
 mod tensor_files;
 mod writer;
@@ -13,6 +14,7 @@ use std::path::Path;
 use bytemuck::Pod;
 use half::{bf16, f16};
 use nibble_kernels::tensor::{DenseMatrix, DenseValues, QuantizedMatrix};
+pub use replace_file::replace_file;
 use safetensors::Dtype;
 pub use tensor_files::TensorFiles;
 pub(crate) use tensor_files::indexed_files;

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use nibble_kernels::tensor::QuantizedMatrix;
+use serde::Serialize;
 use serde_json::Value;
 
 use super::layer::{LayerReader, LayerWriter};
@@ -18,7 +19,8 @@ use crate::config::Fields;
 use crate::error::CheckpointError;
 
 /// A format of quantized checkpoints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Format {
     /// GPTQ, with what its `qzeros` hold.
     Gptq(GptqVersion),

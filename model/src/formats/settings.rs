@@ -1,5 +1,6 @@
 //! How one linear layer is quantized, in the terms all formats share.
 
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::config::Fields;
@@ -12,6 +13,16 @@ pub enum GroupSize {
     Inputs(usize),
     /// All inputs of an output channel; `-1` in files.
     PerChannel,
+}
+
+impl Serialize for GroupSize {
+    /// As files write it: a number of inputs, or -1.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Inputs(inputs) => serializer.serialize_u64(*inputs as u64),
+            Self::PerChannel => serializer.serialize_i64(-1),
+        }
+    }
 }
 
 /// In which order the inputs of a linear layer were quantized.

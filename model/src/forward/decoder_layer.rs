@@ -59,6 +59,25 @@ impl LinearRole {
     }
 }
 
+/// The norms of a decoder layer that linear layers come after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormRole {
+    /// Before attention.
+    Input,
+    /// Before the feed-forward block.
+    PostAttention,
+}
+
+impl NormRole {
+    /// The name of its weight in decoder layer `layer`.
+    pub fn name(self, layer: usize) -> String {
+        match self {
+            Self::Input => norm_name(layer, INPUT_NORM),
+            Self::PostAttention => norm_name(layer, POST_ATTENTION_NORM),
+        }
+    }
+}
+
 const INPUT_NORM: &str = "input_layernorm";
 const POST_ATTENTION_NORM: &str = "post_attention_layernorm";
 const QUERY_NORM: &str = "self_attn.q_norm";
@@ -217,6 +236,19 @@ impl<B: Backend> DecoderLayer<B> {
             LinearRole::Up => &mut self.up,
             LinearRole::Down => &mut self.down,
         } = linear;
+    }
+
+    /// Replaces the weight of a norm, `[hidden_size]`, as the quantizer does when it moves scales from a norm to the
+    /// linear layers after it.
+    ///
+    /// # Errors
+    /// When the device refuses the buffer.
+    pub fn replace_norm(&mut self, backend: &B, role: NormRole, weight: &[f32]) -> Result<(), KernelError> {
+        *match role {
+            NormRole::Input => &mut self.input_norm,
+            NormRole::PostAttention => &mut self.post_attention_norm,
+        } = upload(backend, weight)?;
+        Ok(())
     }
 
     /// Runs the layer over the rows of a step: adds to `residual`, and leaves its last output in `addend`.

@@ -1,5 +1,5 @@
-//! Runs the parts of single decoder layers over whole sequences: how the quantizer goes through a model that
-//! it never holds in memory.
+//! Runs single decoder layers, or their parts, over whole sequences: how to go through a model that is never
+//! held in memory.
 //!
 //! A layer has four inputs that linear layers multiply, and each is reached on its own, so that the linear
 //! layers before it can be quantized first and none runs more often than it must:
@@ -55,6 +55,23 @@ impl<B: Backend> LayerRunner<B> {
     /// The device.
     pub fn backend(&self) -> &B {
         &self.backend
+    }
+
+    /// Gives the device back.
+    pub fn into_backend(self) -> B {
+        self.backend
+    }
+
+    /// Brings `hidden`, the residual stream of a sequence, `[tokens, hidden_size]`, through the whole `layer`.
+    ///
+    /// # Errors
+    /// When the sequence is longer than this runner was made for.
+    pub fn forward(&mut self, layer: &DecoderLayer<B>, hidden: &mut [f32]) -> Result<(), ModelError> {
+        self.start(hidden)?;
+        let context = context(&self.backend, &self.config, &self.rotary, &self.step);
+        layer.forward(&context, &mut self.cache, &mut self.activations, true)?;
+        self.backend.read(&self.activations.residual, 0..hidden.len(), hidden)?;
+        self.add(hidden)
     }
 
     /// Copies what query, key and value of `layer` multiply to `input`, `[tokens, hidden_size]`, for a sequence

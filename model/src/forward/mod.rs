@@ -10,16 +10,21 @@ mod decoder_layer;
 mod layer_runner;
 mod linear;
 mod model;
+mod output_stage;
 mod rotary;
 mod step;
+mod streamed;
 
 pub use batch::{BLOCK_SIZE, Batch, Logits, SequenceRows};
 pub use completeness::check_dense;
-pub use decoder_layer::{DecoderLayer, LinearRole};
+pub use decoder_layer::{DecoderLayer, LinearRole, NormRole};
 pub use layer_runner::LayerRunner;
 pub use linear::{Linear, LinearSpec};
 pub use model::{KvCache, Model, kv_block_bytes};
 use nibble_kernels::KernelError;
+pub(crate) use output_stage::{OutputStage, load_output_head};
+pub(crate) use streamed::{EMBEDDING, HiddenStates, through_layers};
+pub use streamed::{Spill, streamed_logits};
 
 use crate::error::CheckpointError;
 

@@ -2,19 +2,18 @@
 
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::Backend;
-use nibble_kernels::ops::{embedding, gather_rows, paged_attention, rms_norm};
+use nibble_kernels::ops::{embedding, paged_attention};
 
 use super::ModelError;
 use super::batch::{Batch, Logits};
 use super::decoder_layer::{Activations, DecoderLayer, LayerCache, LayerContext};
-use super::linear::{Linear, upload};
+use super::linear::Linear;
+use super::output_stage::{OutputStage, load_output_head};
 use super::rotary::RotaryTables;
 use super::step::{BatchLimits, Step};
-use crate::checkpoint::{Checkpoint, LinearWeight};
+use super::streamed::EMBEDDING;
+use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-
-/// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
-const LOGIT_ROWS: usize = 64;
 
 /// A model with its weights on a device.
 pub struct Model<B: Backend> {
@@ -22,27 +21,18 @@ pub struct Model<B: Backend> {
     config: ModelConfig,
     embedding: Table<B>,
     layers: Vec<DecoderLayer<B>>,
-    final_norm: B::Buffer,
     head: Linear<B>,
     rotary: RotaryTables<B>,
     step: Step<B>,
     activations: Activations<B>,
     activation_rows: usize,
-    output: OutputBuffers<B>,
+    output: OutputStage<B>,
 }
 
 /// The embedding table, or that the output head is it.
 enum Table<B: Backend> {
     Own(B::DenseMatrix),
     Head,
-}
-
-/// Buffers of the output head, for up to [`LOGIT_ROWS`] rows.
-struct OutputBuffers<B: Backend> {
-    residual: B::Buffer,
-    addend: B::Buffer,
-    normed: B::Buffer,
-    logits: B::Buffer,
 }
 
 /// The keys and values of every layer.
@@ -73,36 +63,27 @@ impl<B: Backend> Model<B> {
     pub fn load(backend: B, checkpoint: &Checkpoint, max_positions: usize) -> Result<Self, ModelError> {
         let config = checkpoint.config().clone();
         paged_attention::check_heads(config.heads, config.kv_heads, config.head_dim)?;
-        let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
-        let table = checkpoint.dense("model.embed_tokens.weight", vocabulary, hidden)?;
-        let (embedding, head) = if config.tie_word_embeddings {
-            checkpoint.refuse_quantized("lm_head", "none: tie_word_embeddings takes the embedding table")?;
-            (Table::Head, Linear::pack_dense(&backend, "lm_head", &table)?)
+        let head = load_output_head(&backend, checkpoint)?;
+        let embedding = if config.tie_word_embeddings {
+            Table::Head
         } else {
-            let head: LinearWeight<'_> = checkpoint.linear("lm_head", vocabulary, hidden)?;
-            let table = backend.pack_dense("model.embed_tokens", &table)?;
-            (Table::Own(table), Linear::pack(&backend, "lm_head", &head, None)?)
+            let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+            let table = checkpoint.dense(EMBEDDING, vocabulary, hidden)?;
+            Table::Own(backend.pack_dense(EMBEDDING.trim_end_matches(".weight"), &table)?)
         };
         let layers = (0..config.layers)
             .map(|index| DecoderLayer::load(&backend, checkpoint, index))
             .collect::<Result<_, _>>()?;
-        let final_norm = upload(&backend, &checkpoint.vector("model.norm.weight", hidden)?)?;
         Ok(Self {
             rotary: RotaryTables::new(&backend, &config, max_positions)?,
             step: Step::new(&backend),
             activations: Activations::new(&backend, &config, 0),
             activation_rows: 0,
-            output: OutputBuffers {
-                residual: backend.buffer(LOGIT_ROWS * hidden),
-                addend: backend.buffer(LOGIT_ROWS * hidden),
-                normed: backend.buffer(LOGIT_ROWS * hidden),
-                logits: backend.buffer(LOGIT_ROWS * vocabulary),
-            },
+            output: OutputStage::new(&backend, checkpoint)?,
             backend,
             config,
             embedding,
             layers,
-            final_norm,
             head,
         })
     }
@@ -149,7 +130,8 @@ impl<B: Backend> Model<B> {
         for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             layer.forward(&context, cache, &mut self.activations, index == 0)?;
         }
-        Ok(self.logits(&batch.logit_rows)?)
+        let Activations { residual, addend, .. } = &self.activations;
+        Ok(self.output.logits(&self.backend, &self.head, residual, addend, &batch.logit_rows)?)
     }
 
     fn embed(&mut self, rows: usize) -> Result<(), KernelError> {
@@ -166,36 +148,5 @@ impl<B: Backend> Model<B> {
             output: &mut self.activations.residual,
             rows,
         })
-    }
-
-    /// Final norm and output head, [`LOGIT_ROWS`] rows at a time.
-    fn logits(&mut self, rows: &[usize]) -> Result<Logits, KernelError> {
-        let (hidden, vocabulary) = (self.config.hidden_size, self.config.vocabulary_size);
-        let mut values = vec![0.0; rows.len() * vocabulary];
-        let mut indices = self.backend.indices(LOGIT_ROWS.min(rows.len()));
-        for (chunk, values) in rows.chunks(LOGIT_ROWS).zip(values.chunks_mut(LOGIT_ROWS * vocabulary)) {
-            let chunk: Vec<u32> = chunk.iter().map(|&row| row as u32).collect();
-            self.backend.write_indices(&chunk, &mut indices)?;
-            let OutputBuffers { residual, addend, normed, logits } = &mut self.output;
-            for (input, output) in
-                [(&self.activations.residual, &mut *residual), (&self.activations.addend, &mut *addend)]
-            {
-                let args =
-                    gather_rows::Args { input, rows: &indices, output, count: chunk.len(), width: hidden };
-                self.backend.gather_rows(args)?;
-            }
-            self.backend.rms_norm(rms_norm::Args {
-                residual,
-                addend: Some(addend),
-                weight: &self.final_norm,
-                output: normed,
-                rows: chunk.len(),
-                width: hidden,
-                epsilon: self.config.rms_norm_epsilon,
-            })?;
-            self.head.forward(&self.backend, normed, logits, chunk.len())?;
-            self.backend.read(logits, 0..chunk.len() * vocabulary, values)?;
-        }
-        Ok(Logits { rows: rows.len(), vocabulary, values })
     }
 }

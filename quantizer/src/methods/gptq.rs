@@ -27,7 +27,6 @@ use rayon::prelude::*;
 use super::Weights;
 use crate::grid::{Affine, Grid};
 use crate::hessian::Hessian;
-use crate::settings::GptqSettings;
 
 /// Columns between two matrix products.
 const BLOCK: usize = 128;
@@ -47,19 +46,24 @@ pub(crate) struct InverseFactor {
 }
 
 impl InverseFactor {
-    /// Factors `hessian` with `settings.damping`, or with more where that is not enough.
+    /// Factors `hessian` with `damping`, or with more where that is not enough; its inputs in order of activation
+    /// or in their own.
     ///
     /// # Errors
     /// The largest damping tried, when none was enough.
-    pub(crate) fn new(hessian: &Hessian, settings: GptqSettings, par: Par) -> Result<Self, f64> {
+    pub(crate) fn new(
+        hessian: &Hessian,
+        mut damping: f64,
+        activation_order: bool,
+        par: Par,
+    ) -> Result<Self, f64> {
         let mut order: Vec<usize> = (0..hessian.inputs()).collect();
-        if settings.activation_order {
+        if activation_order {
             order.sort_by(|&a, &b| hessian.diagonal(b).total_cmp(&hessian.diagonal(a)));
         }
-        let mut damping = settings.damping;
         for _ in 0..DAMPING_ATTEMPTS {
             if let Some(upper) = hessian.inverse_factor(&order, damping, par) {
-                return Ok(Self { order, in_own_order: !settings.activation_order, upper, damping });
+                return Ok(Self { order, in_own_order: !activation_order, upper, damping });
             }
             damping *= DAMPING_FACTOR;
         }

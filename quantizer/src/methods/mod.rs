@@ -1,5 +1,6 @@
 //! The ways to choose codes for a weight matrix.
 
+pub(crate) mod awq;
 pub(crate) mod correction;
 pub(crate) mod gptq;
 pub(crate) mod refine;

@@ -9,13 +9,15 @@ use super::refine::{Target, refine};
 use super::{Weights, assemble, rtn};
 use crate::grid::{Affine, Grid};
 use crate::hessian::{Hessian, HessianSum};
-use crate::settings::{GptqSettings, Method, RangeSearch, Settings};
+use crate::settings::{Method, RangeSearch, Settings};
 use crate::threads::Threads;
 use nibble_model::formats::{Format, GptqVersion, GroupSize};
 
 fn settings(symmetric: bool, range: RangeSearch) -> Settings {
     Settings {
         method: Method::RoundToNearest,
+        correction: false,
+        damping: 0.01,
         bits: 4,
         group_size: GroupSize::Inputs(16),
         symmetric,
@@ -107,7 +109,7 @@ fn textbook_gptq(
     grid: Grid,
     group_size: usize,
     values: &[f32],
-    settings: GptqSettings,
+    activation_order: bool,
 ) -> (Vec<u8>, Vec<Affine>) {
     let (outputs, inputs) = (weights.out_features, weights.in_features);
     let groups = inputs.div_ceil(group_size);
@@ -120,14 +122,14 @@ fn textbook_gptq(
         }
     }
     let mut order: Vec<usize> = (0..inputs).collect();
-    if settings.activation_order {
+    if activation_order {
         order.sort_by(|&a, &b| hessian[b][b].total_cmp(&hessian[a][a]));
     }
     let mean = (0..inputs).map(|input| hessian[input][input]).sum::<f64>() / inputs as f64;
     let mut ordered: Vec<Vec<f64>> =
         order.iter().map(|&row| order.iter().map(|&column| hessian[row][column]).collect()).collect();
     for (index, row) in ordered.iter_mut().enumerate() {
-        row[index] += settings.damping * mean;
+        row[index] += 0.01 * mean;
     }
     let upper = textbook_inverse_factor(ordered);
     let mut importance = vec![0.0; inputs];
@@ -147,7 +149,7 @@ fn textbook_gptq(
         let mut of_row: Vec<Affine> = (0..groups).map(|group| fit(&row, group)).collect();
         for (index, &input) in order.iter().enumerate() {
             let group = input / group_size;
-            if !settings.activation_order && input % group_size == 0 {
+            if !activation_order && input % group_size == 0 {
                 of_row[group] = fit(&row, group);
             }
             let code = of_row[group].code(row[input] as f32);
@@ -175,15 +177,10 @@ fn gptq_gives_the_codes_of_the_textbook_loop() {
         for activation_order in [false, true] {
             for symmetric in [false, true] {
                 for range in [RangeSearch::MinMax, RangeSearch::MeanSquare] {
-                    let gptq = GptqSettings {
-                        damping: 0.01,
-                        activation_order,
-                        refinement_sweeps: 0,
-                        correction: true,
-                    };
                     let grid = Grid::new(&settings(symmetric, range));
-                    let expected = textbook_gptq(weights, grid, group_size, &values, gptq);
-                    let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
+                    let expected = textbook_gptq(weights, grid, group_size, &values, activation_order);
+                    let factor =
+                        threads.run(|par| InverseFactor::new(&hessian, 0.01, activation_order, par)).unwrap();
                     let found = threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
                     let case =
                         format!("{inputs} / {group_size}, order {activation_order}, {symmetric} {range:?}");
@@ -211,9 +208,8 @@ fn gptq_has_a_smaller_output_error_than_rounding_on_correlated_inputs() {
         };
         let rounded = error(rtn::quantize(weights, grid, group_size, &[1.0; 192]));
         for activation_order in [false, true] {
-            let gptq =
-                GptqSettings { damping: 0.01, activation_order, refinement_sweeps: 0, correction: true };
-            let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
+            let factor =
+                threads.run(|par| InverseFactor::new(&hessian, 0.01, activation_order, par)).unwrap();
             let found = error(threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)));
             assert!(found < 0.5 * rounded, "{found} {rounded}"); // measured 0.1 to 0.2
         }
@@ -229,9 +225,7 @@ fn refinement_lowers_the_output_error_in_every_sweep_and_stays_on_the_grid() {
         let (values, weights) = (correlated_inputs(600, inputs, 3), random(outputs * inputs, 4));
         let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
         let hessian = hessian(&values, inputs, &threads);
-        let gptq =
-            GptqSettings { damping: 1e-4, activation_order: true, refinement_sweeps: 0, correction: true };
-        let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
+        let factor = threads.run(|par| InverseFactor::new(&hessian, 1e-4, true, par)).unwrap();
         for symmetric in [false, true] {
             let grid = Grid::new(&settings(symmetric, RangeSearch::MeanSquare));
             let error = |sweeps: usize| {
@@ -258,7 +252,7 @@ fn the_error_from_the_hessian_is_the_error_of_the_outputs() {
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
     let expected = output_error(weights, &vec![0.0; outputs * inputs], &values);
-    let found = threads.run(|par| hessian.energy(weights.values, par));
+    let found = threads.run(|par| hessian.energy_by_input(weights.values, par)).iter().sum::<f64>();
     assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
 }
 
@@ -270,11 +264,9 @@ fn one_thread_and_three_give_the_same_bits() {
     let run = |count: usize| {
         let threads = Threads::new(count).unwrap();
         let hessian = hessian(&values, inputs, &threads);
-        let gptq =
-            GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0, correction: true };
         let grid = Grid::new(&settings(false, RangeSearch::MeanSquare));
-        let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
-        let energy = threads.run(|par| hessian.energy(weights.values, par));
+        let factor = threads.run(|par| InverseFactor::new(&hessian, 0.01, true, par)).unwrap();
+        let energy = threads.run(|par| hessian.energy_by_input(weights.values, par)).iter().sum::<f64>();
         (threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)), energy)
     };
     assert!(run(1) == run(3));
@@ -291,9 +283,8 @@ fn an_input_that_calibration_never_saw_is_rounded_to_nearest() {
     let weights = random(outputs * inputs, 2);
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
-    let gptq = GptqSettings { damping: 0.01, activation_order: true, refinement_sweeps: 0, correction: true };
     let grid = Grid::new(&settings(false, RangeSearch::MinMax));
-    let factor = threads.run(|par| InverseFactor::new(&hessian, gptq, par)).unwrap();
+    let factor = threads.run(|par| InverseFactor::new(&hessian, 0.01, true, par)).unwrap();
     let (codes, grids) = threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
     for output in 0..outputs {
         let grid = grids[output * (inputs / group_size) + 20 / group_size];
@@ -306,17 +297,13 @@ fn damping_is_raised_until_the_hessian_can_be_factored() {
     let threads = Threads::new(1).unwrap();
     let values = vec![1.0; 64];
     let rank_one = hessian(&values, 64, &threads);
-    let settings =
-        GptqSettings { damping: 1e-24, activation_order: true, refinement_sweeps: 0, correction: true };
-    let factor = threads.run(|par| InverseFactor::new(&rank_one, settings, par));
+    let factor = threads.run(|par| InverseFactor::new(&rank_one, 1e-24, true, par));
     assert!(
         factor.is_err_and(|largest| largest < 1e-18),
         "no damping up to 1e-19 makes this positive definite"
     );
-    let settings =
-        GptqSettings { damping: 1e-16, activation_order: true, refinement_sweeps: 0, correction: true };
     let factor = threads
-        .run(|par| InverseFactor::new(&rank_one, settings, par))
+        .run(|par| InverseFactor::new(&rank_one, 1e-16, true, par))
         .unwrap_or_else(|damping| panic!("not even {damping}"));
     assert!(factor.damping > 1e-16, "{}", factor.damping);
 }
@@ -403,9 +390,7 @@ fn corrected_weights_give_the_outputs_of_the_original_for_inputs_that_have_drift
     let weights = random(outputs * inputs, 5);
     let hessian = hessian(&drifted, inputs, &threads);
     for activation_order in [false, true] {
-        let settings =
-            GptqSettings { damping: 1e-4, activation_order, refinement_sweeps: 0, correction: true };
-        let factor = threads.run(|par| InverseFactor::new(&hessian, settings, par)).unwrap();
+        let factor = threads.run(|par| InverseFactor::new(&hessian, 1e-4, activation_order, par)).unwrap();
         let difference: Vec<f32> = original.iter().zip(&drifted).map(|(o, d)| o - d).collect();
         let wanted_outputs = outputs_of(&weights, &original, inputs);
         let errors: Vec<f32> =

@@ -1,7 +1,6 @@
 //! One weight matrix: its codes, and how far they are off.
 
 use nibble_kernels::tensor::QuantizedMatrix;
-use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::LinearSpec;
 
 use crate::error::QuantizeError;
@@ -11,8 +10,8 @@ use crate::methods::correction::{Drift, correct};
 use crate::methods::gptq::InverseFactor;
 use crate::methods::refine::{Target, refine};
 use crate::methods::{Weights, assemble, gptq, rtn};
-use crate::report::MatrixReport;
-use crate::settings::{GptqSettings, Method, Settings};
+use crate::report::{MatrixReport, measure};
+use crate::settings::{Method, Settings};
 use crate::threads::Threads;
 
 /// What is known about an input of linear layers.
@@ -21,12 +20,12 @@ pub(super) enum InputStatistics {
     Unknown,
     /// Enough to measure an output error.
     Measured(Hessian),
-    /// Enough for GPTQ.
-    Factored { hessian: Hessian, factor: InverseFactor, drift: Option<Drift>, settings: GptqSettings },
+    /// Enough for GPTQ and for correction.
+    Factored { hessian: Hessian, factor: InverseFactor, drift: Option<Drift> },
 }
 
 impl InputStatistics {
-    /// What `settings.method` needs to know; `name` is the first linear layer that multiplies the input.
+    /// What `settings` need to know; `name` is the first linear layer that multiplies the input.
     pub(super) fn new(
         hessian: Hessian,
         drift: Option<Drift>,
@@ -42,9 +41,12 @@ impl InputStatistics {
                 help: "the checkpoint is damaged or does not fit its config.json",
             });
         }
-        let Method::Gptq(settings) = settings.method else { return Ok(Self::Measured(hessian)) };
+        if !settings.factors() {
+            return Ok(Self::Measured(hessian));
+        }
+        let order = settings.method.gptq().is_some_and(|gptq| gptq.activation_order);
         let factor = threads
-            .run(|par| InverseFactor::new(&hessian, settings, par))
+            .run(|par| InverseFactor::new(&hessian, settings.damping, order, par))
             .map_err(|damping| QuantizeError::Factorization { name: name.to_owned(), damping })?;
         if factor.damping > settings.damping {
             tracing::warn!(
@@ -54,68 +56,51 @@ impl InputStatistics {
                 "the Hessian is not positive definite; damping was raised"
             );
         }
-        Ok(Self::Factored { hessian, factor, drift, settings })
+        Ok(Self::Factored { hessian, factor, drift })
     }
 
-    /// The weighted sum of squares of the rows of `difference`: of outputs, where inputs are known.
-    fn energy(&self, difference: &[f32], threads: &Threads) -> f64 {
+    fn hessian(&self) -> Option<&Hessian> {
         match self {
-            Self::Unknown => difference.iter().map(|&value| f64::from(value).powi(2)).sum(),
-            Self::Measured(hessian) | Self::Factored { hessian, .. } => {
-                threads.run(|par| hessian.energy(difference, par))
-            }
+            Self::Unknown => None,
+            Self::Measured(hessian) | Self::Factored { hessian, .. } => Some(hessian),
         }
     }
 }
 
-/// Quantizes one matrix of `checkpoint` and measures its relative error.
+/// Quantizes the weight of the linear layer `spec` and measures its error.
 pub(super) fn quantize_matrix(
-    checkpoint: &Checkpoint,
+    mut values: Vec<f32>,
     spec: &LinearSpec,
     settings: &Settings,
     statistics: &InputStatistics,
     threads: &Threads,
 ) -> Result<(QuantizedMatrix, MatrixReport), QuantizeError> {
     let (outputs, inputs) = (spec.out_features, spec.in_features);
-    let mut values = checkpoint.dense(&spec.weight_name(), outputs, inputs)?.to_f32();
-    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-        let (output, input) = (position / inputs, position % inputs);
-        return Err(QuantizeError::NotFinite {
-            name: spec.name.clone(),
-            what: "the weights",
-            found: format!("hold {} at output {output}, input {input}", values[position]),
-            help: "the checkpoint is damaged; fetch or import it again",
-        });
-    }
     if let InputStatistics::Factored { factor, drift: Some(drift), .. } = statistics {
         threads.run(|par| correct(&mut values, drift, factor, par));
     }
     let weights = Weights { out_features: outputs, in_features: inputs, values: &values };
     let group_size = settings.group_size.inputs(inputs);
     let grid = Grid::new(settings);
-    let (codes, grids) = threads.run(|par| match statistics {
-        InputStatistics::Factored { hessian, factor, settings, .. } => {
+    let (codes, grids) = threads.run(|par| match (statistics, settings.method.gptq()) {
+        (InputStatistics::Factored { hessian, factor, .. }, Some(gptq)) => {
             let (mut codes, mut grids) = gptq::quantize(weights, grid, group_size, factor, par);
             let target = Target { weights, group_size, hessian, damping: factor.damping };
-            refine(target, settings.refinement_sweeps, &mut codes, &mut grids, par);
+            refine(target, gptq.refinement_sweeps, &mut codes, &mut grids, par);
             (codes, grids)
         }
-        _ => rtn::quantize(weights, grid, group_size, &vec![1.0; inputs]),
+        _ => {
+            let importance = match statistics.hessian() {
+                Some(hessian) if settings.method == Method::Awq => {
+                    (0..inputs).map(|input| hessian.diagonal(input)).collect()
+                }
+                _ => vec![1.0; inputs],
+            };
+            rtn::quantize(weights, grid, group_size, &importance)
+        }
     });
     let matrix = assemble(weights, settings.bits, group_size, codes, &grids)
         .map_err(QuantizeError::matrix(&spec.name))?;
-    let mut difference = matrix.dequantize();
-    for (difference, value) in difference.iter_mut().zip(&values) {
-        *difference -= value;
-    }
-    let (error, whole) = (statistics.energy(&difference, threads), statistics.energy(&values, threads));
-    let report = MatrixReport {
-        name: spec.name.clone(),
-        bits: matrix.bits(),
-        group_size: matrix.group_size(),
-        weights: outputs * inputs,
-        bits_per_weight: matrix.bits_per_weight(),
-        relative_error: if whole > 0.0 { error / whole } else { 0.0 },
-    };
+    let report = measure(&spec.name, &matrix, &values, statistics.hessian(), threads);
     Ok((matrix, report))
 }

@@ -35,6 +35,16 @@ impl LinearInput {
     pub(super) const ALL: [Self; 4] =
         [Self::Attention, Self::AttentionOutput, Self::FeedForward, Self::Gated];
 
+    /// What the linear layer `role` multiplies.
+    pub(super) fn of(role: LinearRole) -> Self {
+        match role {
+            LinearRole::Query | LinearRole::Key | LinearRole::Value => Self::Attention,
+            LinearRole::AttentionOutput => Self::AttentionOutput,
+            LinearRole::Gate | LinearRole::Up => Self::FeedForward,
+            LinearRole::Down => Self::Gated,
+        }
+    }
+
     /// The linear layers that multiply it.
     pub(super) fn roles(self) -> &'static [LinearRole] {
         match self {
@@ -162,11 +172,13 @@ impl<B: Backend> Streams<B> {
     }
 
     /// Brings every sequence to `input`, by the linear layers before it as they now are, and sums its Hessian
-    /// and how far the quantized stream has drifted from the original there.
+    /// and how far the quantized stream has drifted from the original there. `scales` is what the quantized layer
+    /// divides each input by.
     pub(super) fn statistics(
         &mut self,
         layer: &LayerPair<B>,
         input: LinearInput,
+        scales: Option<&[f32]>,
         threads: &Threads,
     ) -> Result<(Hessian, Option<Drift>), QuantizeError> {
         let Self { runner, widths, hidden, attention, original, .. } = self;
@@ -206,11 +218,13 @@ impl<B: Backend> Streams<B> {
                 LinearInput::Attention => {
                     difference.resize(target.len(), 0.0);
                     runner.attention_input(layer, &target, &mut difference)?;
+                    divide(&mut difference, scales);
                     subtract(&mut difference, &values);
                 }
                 LinearInput::FeedForward => {
                     difference.resize(target.len(), 0.0);
                     runner.feed_forward_input(layer, &target, &mut difference)?;
+                    divide(&mut difference, scales);
                     subtract(&mut difference, &values);
                 }
                 LinearInput::AttentionOutput => {
@@ -239,6 +253,34 @@ impl<B: Backend> Streams<B> {
         Ok((sum.finish(), drift))
     }
 
+    /// The Hessians of all inputs of `layer`, in the order of [`LinearInput::ALL`], for the quantized stream before it.
+    pub(super) fn profile(
+        &mut self,
+        layer: &DecoderLayer<B>,
+        threads: &Threads,
+    ) -> Result<[Hessian; 4], QuantizeError> {
+        let Self { runner, widths, hidden, .. } = self;
+        let mut sums = LinearInput::ALL.map(|input| HessianSum::new(widths.of(input)));
+        let mut values = LinearInput::ALL.map(|_| Vec::new());
+        let mut stream = Vec::new();
+        for index in 0..self.sequences {
+            hidden.read(index, &mut stream)?;
+            for (values, input) in values.iter_mut().zip(LinearInput::ALL) {
+                values.resize(stream.len() / widths.hidden * widths.of(input), 0.0);
+            }
+            let [attention_input, attention, feed_forward, gated] = &mut values;
+            runner.attention_input(layer, &stream, attention_input)?;
+            runner.attention(layer, &stream, attention)?;
+            runner.add_attention(layer, attention, &mut stream)?;
+            runner.feed_forward_input(layer, &stream, feed_forward)?;
+            runner.gated(layer, &stream, gated)?;
+            for (sum, values) in sums.iter_mut().zip(&values) {
+                threads.run(|par| sum.add(values, par));
+            }
+        }
+        Ok(sums.map(HessianSum::finish))
+    }
+
     /// Brings the quantized stream of every sequence to the end of `layer`, all of whose inputs it has passed.
     pub(super) fn finish_layer(&mut self, layer: &LayerPair<B>) -> Result<(), QuantizeError> {
         let mut stream = Vec::new();
@@ -254,6 +296,14 @@ impl<B: Backend> Streams<B> {
 fn subtract(from: &mut [f32], values: &[f32]) {
     for (from, value) in from.iter_mut().zip(values) {
         *from -= value;
+    }
+}
+
+/// Divides each vector of `values` by `scales`, where there are any.
+fn divide(values: &mut [f32], scales: Option<&[f32]>) {
+    let Some(scales) = scales else { return };
+    for vector in values.chunks_exact_mut(scales.len()) {
+        vector.iter_mut().zip(scales).for_each(|(value, scale)| *value /= scale);
     }
 }
 

@@ -19,9 +19,9 @@ pub(super) struct CalibrationArguments {
     /// line, or a JSON array of them; .parquet: a document in each row; anything else: a UTF-8 text. A document is
     /// a text or an object with text, messages, conversations, prompt and completion, or instruction and output;
     /// conversations go through the model's chat template. The word self: a text that the model writes, which
-    /// needs the whole model in memory. gptq needs one, rtn only measures its error with it.
-    #[arg(long, value_name = "FILE|self", required_if_eq("method", "gptq"))]
-    calibration: Vec<PathBuf>,
+    /// needs the whole model in memory. rtn only measures its error with it, the other methods need it.
+    #[arg(long, value_name = "FILE|self", required_if_eq_any([("method", "awq"), ("method", "gptq"), ("method", "awq-gptq")]))]
+    pub(super) calibration: Vec<PathBuf>,
     /// The field or column that holds the text or the messages of a document.
     #[arg(long, value_name = "NAME")]
     calibration_field: Option<String>,
@@ -33,7 +33,7 @@ pub(super) struct CalibrationArguments {
     sequence_length: usize,
     /// Which calibration sequences are drawn.
     #[arg(long, default_value_t = 0)]
-    seed: u64,
+    pub(super) seed: u64,
 }
 
 impl CalibrationArguments {

@@ -24,6 +24,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use self::shard::Shard;
+use super::replace_file::sync_directory;
 use crate::error::CheckpointError;
 
 /// The shard size of Hugging Face's own writer: 5 GB.
@@ -228,13 +229,6 @@ fn refuse_existing(out: &Path) -> Result<(), CheckpointError> {
         expected: "a directory that does not exist yet".to_owned(),
         help: "remove it or name another one".to_owned(),
     })
-}
-
-/// Makes the names in `directory` survive a power cut.
-fn sync_directory(directory: &Path) -> Result<(), CheckpointError> {
-    File::open(directory)
-        .and_then(|handle| handle.sync_all())
-        .map_err(CheckpointError::io("flush", directory))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::config::Fields;
@@ -21,7 +22,8 @@ const FUSED: [(&[&str], &str); 2] =
     [(&["q_proj", "k_proj", "v_proj"], "qkv_proj"), (&["gate_proj", "up_proj"], "gate_up_proj")];
 
 /// What `qzeros` holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GptqVersion {
     /// `checkpoint_format: gptq`: the zero point minus one, modulo `2^bits`.
     V1,

@@ -8,12 +8,21 @@
 //! perplexity = exp(mean over predictions of -ln p(token))
 //! ```
 //!
+//! [`evaluate`] scores models that are loaded, [`evaluate_streamed`] models larger than memory, one decoder layer
+//! at a time; both give the same bits.
+//!
 //! Against a reference model, as llama.cpp's perplexity tool reports: the mean of KL(reference || model), how
 //! often both put the same token first, and the root mean square of the difference in the probability of
 //! the token that came.
 
-use nibble_kernels::backend::Backend;
+mod score;
+mod streamed;
 
+use nibble_kernels::backend::Backend;
+use score::Sums;
+pub use streamed::{StreamedProgress, evaluate_streamed};
+
+use crate::config::ModelConfig;
 use crate::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model, ModelError, SequenceRows};
 
 /// Rows of a window that are run at once: bounds the memory for logits.
@@ -94,16 +103,6 @@ pub enum EvaluationError {
     },
 }
 
-#[derive(Default)]
-struct Sums {
-    predictions: usize,
-    negative_log_likelihood: f64,
-    reference_negative_log_likelihood: f64,
-    kl_divergence: f64,
-    agreements: usize,
-    squared_probability_difference: f64,
-}
-
 /// Scores `tokens` with `model`, and compares with `reference` where there is one.
 ///
 /// # Errors
@@ -116,26 +115,15 @@ pub fn evaluate<B: Backend>(
     options: WindowOptions,
     progress: &mut dyn FnMut(EvaluationProgress),
 ) -> Result<Evaluation, EvaluationError> {
-    let window = options.window;
-    if window < 2 {
-        return Err(EvaluationError::WindowTooSmall(window));
-    }
-    let windows = (tokens.len() / window).min(options.windows.unwrap_or(usize::MAX));
-    if windows == 0 {
-        return Err(EvaluationError::TextTooShort { tokens: tokens.len(), window });
-    }
+    let windows = options.cut(tokens)?;
     if let Some(reference) = &reference {
-        let vocabularies = (model.config().vocabulary_size, reference.config().vocabulary_size);
-        if vocabularies.0 != vocabularies.1 {
-            let (model, reference) = vocabularies;
-            return Err(EvaluationError::VocabularyMismatch { model, reference });
-        }
+        check_vocabularies(model.config(), reference.config())?;
     }
-    let blocks = window.div_ceil(BLOCK_SIZE);
+    let blocks = options.window.div_ceil(BLOCK_SIZE);
     let mut cache = model.kv_cache(blocks);
     let mut reference_cache = reference.as_ref().map(|reference| reference.kv_cache(blocks));
     let mut sums = Sums::default();
-    for (index, window) in tokens.chunks_exact(window).take(windows).enumerate() {
+    for (index, window) in windows.iter().enumerate() {
         for first in (0..window.len() - 1).step_by(CHUNK_ROWS) {
             let rows = CHUNK_ROWS.min(window.len() - 1 - first);
             let logits = run(model, &mut cache, window, first, rows)?;
@@ -148,13 +136,13 @@ pub fn evaluate<B: Backend>(
                 sums.add(logits.row(row), reference_logits.as_ref().map(|logits| logits.row(row)), target);
             }
         }
-        progress(EvaluationProgress { windows_done: index + 1, windows, perplexity: sums.perplexity() });
+        progress(EvaluationProgress {
+            windows_done: index + 1,
+            windows: windows.len(),
+            perplexity: sums.perplexity(),
+        });
     }
-    Ok(Evaluation {
-        perplexity: sums.perplexity(),
-        predicted_tokens: sums.predictions,
-        reference: reference.is_some().then(|| sums.comparison()),
-    })
+    Ok(sums.evaluation(reference.is_some()))
 }
 
 fn run<B: Backend>(
@@ -174,77 +162,22 @@ fn run<B: Backend>(
     model.forward(&batch, cache)
 }
 
-impl Sums {
-    fn add(&mut self, logits: &[f32], reference: Option<&[f32]>, target: u32) {
-        let (normalizer, best) = log_sum_exp(logits);
-        let log_probability = f64::from(logits[target as usize]) - normalizer;
-        self.predictions += 1;
-        self.negative_log_likelihood -= log_probability;
-        let Some(reference) = reference else { return };
-        let (reference_normalizer, reference_best) = log_sum_exp(reference);
-        let reference_log_probability = f64::from(reference[target as usize]) - reference_normalizer;
-        self.reference_negative_log_likelihood -= reference_log_probability;
-        let divergence = |(&reference, &logit): (&f32, &f32)| {
-            let reference = f64::from(reference) - reference_normalizer;
-            reference.exp() * (reference - (f64::from(logit) - normalizer))
-        };
-        self.kl_divergence += reference.iter().zip(logits).map(divergence).sum::<f64>();
-        self.agreements += usize::from(best == reference_best);
-        self.squared_probability_difference +=
-            (log_probability.exp() - reference_log_probability.exp()).powi(2);
-    }
-
-    fn perplexity(&self) -> f64 {
-        (self.negative_log_likelihood / self.predictions as f64).exp()
-    }
-
-    fn comparison(&self) -> ReferenceComparison {
-        let predictions = self.predictions as f64;
-        ReferenceComparison {
-            reference_perplexity: (self.reference_negative_log_likelihood / predictions).exp(),
-            mean_kl_divergence: self.kl_divergence / predictions,
-            top1_agreement: self.agreements as f64 / predictions,
-            rms_probability_difference: (self.squared_probability_difference / predictions).sqrt(),
+impl WindowOptions {
+    /// The windows of `tokens` that are scored, at least one.
+    fn cut(self, tokens: &[u32]) -> Result<Vec<&[u32]>, EvaluationError> {
+        let Self { window, windows } = self;
+        if window < 2 {
+            return Err(EvaluationError::WindowTooSmall(window));
         }
+        let cut: Vec<_> = tokens.chunks_exact(window).take(windows.unwrap_or(usize::MAX)).collect();
+        if cut.is_empty() {
+            return Err(EvaluationError::TextTooShort { tokens: tokens.len(), window });
+        }
+        Ok(cut)
     }
 }
 
-/// `ln(sum of e^logit)` and the index of the largest logit.
-fn log_sum_exp(logits: &[f32]) -> (f64, usize) {
-    let (mut best, mut largest) = (0, f32::NEG_INFINITY);
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit > largest {
-            (best, largest) = (index, logit);
-        }
-    }
-    let total: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
-    (f64::from(largest) + total.ln(), best)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn uniform_logits_have_the_perplexity_of_the_vocabulary() {
-        let mut sums = Sums::default();
-        sums.add(&[3.0; 50], Some(&[-1.0; 50]), 7);
-        assert!((sums.perplexity() - 50.0).abs() < 1e-9);
-        let comparison = sums.comparison();
-        assert!(comparison.mean_kl_divergence.abs() < 1e-12);
-        assert_eq!(comparison.top1_agreement, 1.0);
-        assert!(comparison.rms_probability_difference < 1e-12);
-    }
-
-    #[test]
-    fn divergence_is_that_of_the_two_distributions() {
-        let mut sums = Sums::default();
-        let (model, reference) = ([0.25f32, 0.75], [0.5f32, 0.5]);
-        sums.add(&model.map(f32::ln), Some(&reference.map(f32::ln)), 0);
-        let comparison = sums.comparison();
-        let expected = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
-        assert!((comparison.mean_kl_divergence - expected).abs() < 1e-6);
-        assert!((comparison.rms_probability_difference - 0.25).abs() < 1e-6);
-        assert!((comparison.reference_perplexity - 2.0).abs() < 1e-6);
-    }
+fn check_vocabularies(model: &ModelConfig, reference: &ModelConfig) -> Result<(), EvaluationError> {
+    let (model, reference) = (model.vocabulary_size, reference.vocabulary_size);
+    if model == reference { Ok(()) } else { Err(EvaluationError::VocabularyMismatch { model, reference }) }
 }

@@ -1,0 +1,141 @@
+//! What comes after the last decoder layer: the final norm and the output head.
+//!
+//! ```text
+//! logits = head(rms_norm(residual + addend))          [rows, vocabulary]
+//! ```
+
+use nibble_kernels::KernelError;
+use nibble_kernels::backend::Backend;
+use nibble_kernels::ops::{gather_rows, rms_norm};
+
+use super::ModelError;
+use super::batch::Logits;
+use super::linear::{Linear, upload};
+use super::streamed::EMBEDDING;
+use crate::checkpoint::Checkpoint;
+
+/// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
+const LOGIT_ROWS: usize = 64;
+
+/// The final norm, and buffers for up to [`LOGIT_ROWS`] rows.
+pub(crate) struct OutputStage<B: Backend> {
+    final_norm: B::Buffer,
+    residual: B::Buffer,
+    addend: B::Buffer,
+    normed: B::Buffer,
+    logits: B::Buffer,
+    rows: B::Indices,
+    hidden: usize,
+    vocabulary: usize,
+    epsilon: f32,
+}
+
+/// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied.
+///
+/// # Errors
+/// When a tensor is missing or malformed, or the device has no kernel for it.
+pub(crate) fn load_output_head<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+) -> Result<Linear<B>, ModelError> {
+    let config = checkpoint.config();
+    let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+    if config.tie_word_embeddings {
+        checkpoint.refuse_quantized("lm_head", "none: tie_word_embeddings takes the embedding table")?;
+        let table = checkpoint.dense(EMBEDDING, vocabulary, hidden)?;
+        return Ok(Linear::pack_dense(backend, "lm_head", &table)?);
+    }
+    let head = checkpoint.linear("lm_head", vocabulary, hidden)?;
+    Ok(Linear::pack(backend, "lm_head", &head, None)?)
+}
+
+impl<B: Backend> OutputStage<B> {
+    /// Reads the final norm.
+    ///
+    /// # Errors
+    /// When it is missing or malformed.
+    pub(crate) fn new(backend: &B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let (hidden, vocabulary) = (config.hidden_size, config.vocabulary_size);
+        Ok(Self {
+            final_norm: upload(backend, &checkpoint.vector("model.norm.weight", hidden)?)?,
+            residual: backend.buffer(LOGIT_ROWS * hidden),
+            addend: backend.buffer(LOGIT_ROWS * hidden),
+            normed: backend.buffer(LOGIT_ROWS * hidden),
+            logits: backend.buffer(LOGIT_ROWS * vocabulary),
+            rows: backend.indices(LOGIT_ROWS),
+            hidden,
+            vocabulary,
+            epsilon: config.rms_norm_epsilon,
+        })
+    }
+
+    /// The logits of `rows` of a step whose last layer left `residual` and `addend`, `[step rows, hidden_size]`.
+    ///
+    /// # Errors
+    /// When a row is outside the buffers.
+    pub(crate) fn logits(
+        &mut self,
+        backend: &B,
+        head: &Linear<B>,
+        residual: &B::Buffer,
+        addend: &B::Buffer,
+        rows: &[usize],
+    ) -> Result<Logits, KernelError> {
+        let mut values = vec![0.0; rows.len() * self.vocabulary];
+        for (chunk, values) in rows.chunks(LOGIT_ROWS).zip(values.chunks_mut(LOGIT_ROWS * self.vocabulary)) {
+            let indices: Vec<u32> = chunk.iter().map(|&row| row as u32).collect();
+            backend.write_indices(&indices, &mut self.rows)?;
+            for (input, output) in [(residual, &mut self.residual), (addend, &mut self.addend)] {
+                let (rows, count, width) = (&self.rows, chunk.len(), self.hidden);
+                backend.gather_rows(gather_rows::Args { input, rows, output, count, width })?;
+            }
+            self.finish(backend, head, chunk.len(), true, values)?;
+        }
+        Ok(Logits { rows: rows.len(), vocabulary: self.vocabulary, values })
+    }
+
+    /// The logits of every row of `hidden`, `[rows, hidden_size]`: the residual stream behind the last layer,
+    /// its output added.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub(crate) fn logits_of_hidden(
+        &mut self,
+        backend: &B,
+        head: &Linear<B>,
+        hidden: &[f32],
+    ) -> Result<Logits, KernelError> {
+        let rows = hidden.len() / self.hidden;
+        let mut values = vec![0.0; rows * self.vocabulary];
+        for (hidden, values) in
+            hidden.chunks(LOGIT_ROWS * self.hidden).zip(values.chunks_mut(LOGIT_ROWS * self.vocabulary))
+        {
+            backend.write(hidden, &mut self.residual)?;
+            self.finish(backend, head, hidden.len() / self.hidden, false, values)?;
+        }
+        Ok(Logits { rows, vocabulary: self.vocabulary, values })
+    }
+
+    /// Norm and head of the first `rows` rows of the buffers; `add` says that there is an addend to add first.
+    fn finish(
+        &mut self,
+        backend: &B,
+        head: &Linear<B>,
+        rows: usize,
+        add: bool,
+        values: &mut [f32],
+    ) -> Result<(), KernelError> {
+        backend.rms_norm(rms_norm::Args {
+            residual: &mut self.residual,
+            addend: add.then_some(&self.addend),
+            weight: &self.final_norm,
+            output: &mut self.normed,
+            rows,
+            width: self.hidden,
+            epsilon: self.epsilon,
+        })?;
+        head.forward(backend, &self.normed, &mut self.logits, rows)?;
+        backend.read(&self.logits, 0..rows * self.vocabulary, values)
+    }
+}
