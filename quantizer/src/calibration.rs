@@ -136,6 +136,12 @@ impl Calibration {
         Ok(Self { sequences, sequence_length: length })
     }
 
+    /// The first `count` sequences.
+    pub(crate) fn first(&self, count: usize) -> Self {
+        let sequences = self.sequences.iter().take(count).cloned().collect();
+        Self { sequences, ..self.clone() }
+    }
+
     /// The sequences.
     pub fn sequences(&self) -> &[Vec<u32>] {
         &self.sequences

@@ -14,7 +14,7 @@
 
 use half::f16;
 
-use crate::settings::{RangeSearch, Settings};
+use crate::settings::RangeSearch;
 
 /// Adding and subtracting it rounds a small `f32` to an integer, ties to even, four at a time on any processor.
 const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23
@@ -120,13 +120,8 @@ fn best_scale(affine: &Affine, weights: &[f32], importance: &[f32]) -> Option<f3
 }
 
 impl Grid {
-    pub(crate) fn new(settings: &Settings) -> Self {
-        Self { bits: settings.bits, symmetric: settings.symmetric, range: settings.range }
-    }
-
-    /// The grids that clip nothing.
-    pub(crate) fn whole_range(bits: u32, symmetric: bool) -> Self {
-        Self { bits, symmetric, range: RangeSearch::MinMax }
+    pub(crate) fn new(bits: u32, symmetric: bool, range: RangeSearch) -> Self {
+        Self { bits, symmetric, range }
     }
 
     /// The grid for a group of finite `weights`; `importance` says how much an error of each counts.

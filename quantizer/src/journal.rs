@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! journal.json   what the run was about: another model, other settings or other calibration data are refused
+//! sensitivities.json   how much each unit matters and what it gets, where bits are spent
 //! layer-00007/   the tensors of decoder layer 7 as they will be written, and report.json
 //! states-00007/  the calibration states behind layer 7
 //! ```
@@ -18,17 +19,21 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, TensorFiles};
+use nibble_model::checkpoint::{
+    Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, TensorFiles, replace_file,
+};
 use nibble_model::error::CheckpointError;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
-use crate::report::MatrixReport;
+use crate::report::{MatrixReport, UnitSensitivity};
 use crate::settings::Settings;
 
 const JOURNAL: &str = "journal.json";
 const REPORT: &str = "report.json";
+const SENSITIVITIES: &str = "sensitivities.json";
 /// Bytes at the start and at the end of each tensor that tell one model from another.
 const SAMPLE: usize = 4096;
 
@@ -86,7 +91,7 @@ impl Journal {
         if !path.exists() {
             fs::create_dir_all(&journal.directory)
                 .map_err(CheckpointError::io("create", &journal.directory))?;
-            write_beside(&path, format!("{identity:#}\n").as_bytes())?;
+            replace_file(&journal.directory, JOURNAL, format!("{identity:#}\n").as_bytes())?;
             return Ok(journal);
         }
         if !resume {
@@ -163,10 +168,18 @@ impl Journal {
 
     /// What was reported about layer `index`.
     pub(crate) fn reports(&self, index: usize) -> Result<Vec<MatrixReport>, CheckpointError> {
-        let path = self.layer_directory(index).join(REPORT);
-        let text = fs::read(&path).map_err(CheckpointError::io("read", &path))?;
-        let help = "remove the directory of the journal to start again";
-        serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(&path, error, help))
+        read_json(&self.layer_directory(index).join(REPORT))
+    }
+
+    /// What [`save_sensitivities`](Self::save_sensitivities) saved.
+    pub(crate) fn sensitivities(&self) -> Result<Option<Vec<UnitSensitivity>>, CheckpointError> {
+        let path = self.directory.join(SENSITIVITIES);
+        if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// Keeps what was found before the first layer.
+    pub(crate) fn save_sensitivities(&self, units: &[UnitSensitivity]) -> Result<(), CheckpointError> {
+        replace_file(&self.directory, SENSITIVITIES, format!("{:#}\n", json!(units)).as_bytes())
     }
 
     /// Removes the journal: the output is there, or nothing is worth going on with.
@@ -202,6 +215,7 @@ impl Journal {
         let error = || CheckpointError::io("read", directory);
         let kept = |path: &Path| {
             path.ends_with(JOURNAL)
+                || path.ends_with(SENSITIVITIES)
                 || (0..self.finished).any(|index| path == self.layer_directory(index))
                 || self.finished.checked_sub(1).is_some_and(|last| path == self.states_directory(last))
         };
@@ -216,13 +230,8 @@ impl Journal {
     }
 }
 
-/// Writes `path` by a file beside it, so that it is there completely or not at all.
-fn write_beside(path: &Path, contents: &[u8]) -> Result<(), CheckpointError> {
-    use std::io::Write;
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let error = || CheckpointError::io("write", path);
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(error())?;
-    file.write_all(contents).and_then(|()| file.as_file().sync_all()).map_err(error())?;
-    file.persist(path).map_err(|failed| error()(failed.error))?;
-    Ok(())
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, CheckpointError> {
+    let text = fs::read(path).map_err(CheckpointError::io("read", path))?;
+    let help = "remove the directory of the journal to start again";
+    serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(path, error, help))
 }

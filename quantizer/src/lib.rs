@@ -5,6 +5,7 @@
 //! sequences' hidden states; never the model.
 #![forbid(unsafe_code)]
 
+mod allocation;
 pub mod calibration;
 mod error;
 mod grid;
@@ -13,6 +14,7 @@ mod journal;
 mod methods;
 mod output;
 mod pipeline;
+mod plan;
 pub mod quality_gate;
 pub mod report;
 mod settings;
@@ -22,6 +24,7 @@ mod verify;
 pub use calibration::Calibration;
 pub use error::QuantizeError;
 pub use pipeline::{Progress, RunOptions, quantize};
+pub use plan::{Change, Override};
 pub use report::{MatrixReport, Report};
 pub use settings::{GptqSettings, Method, RangeSearch, Settings};
 pub use verify::verify;

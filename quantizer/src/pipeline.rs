@@ -17,7 +17,7 @@
 
 mod layer_tensors;
 mod matrix;
-mod states;
+mod sensitivity;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -27,11 +27,12 @@ use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
-use nibble_model::formats::QuantizationConfig;
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, check_dense};
+use nibble_model::formats::{ModuleSettings, QuantizationConfig};
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, Spill, check_dense};
 
 use self::layer_tensors::LayerTensors;
 use self::matrix::{InputStatistics, quantize_matrix};
+use self::sensitivity::Survey;
 use self::streams::{LayerPair, LinearInput, Streams};
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
@@ -40,19 +41,30 @@ use crate::journal::{self, Journal};
 use crate::methods::Weights;
 use crate::methods::awq::{self, SharedInput};
 use crate::output;
+use crate::plan::{Plan, specs};
 use crate::report::{MatrixReport, Report};
-use crate::settings::Settings;
+use crate::settings::{RangeSearch, Settings};
 use crate::threads::Threads;
 
-/// How far quantization has come.
+/// How far a run has come.
 #[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// Matrices quantized.
-    pub matrices_done: usize,
-    /// Matrices in all.
-    pub matrices: usize,
-    /// The last one.
-    pub matrix: &'a MatrixReport,
+pub enum Progress<'a> {
+    /// The sensitivities of linear layers are being measured.
+    Surveyed {
+        /// Decoder layers measured.
+        layers_done: usize,
+        /// Decoder layers in all.
+        layers: usize,
+    },
+    /// Weights are being quantized.
+    Quantized {
+        /// Linear layers that are done.
+        matrices_done: usize,
+        /// Linear layers in all.
+        matrices: usize,
+        /// The last one.
+        matrix: &'a MatrixReport,
+    },
 }
 
 /// How a run is done, without influence on its result.
@@ -94,22 +106,40 @@ pub fn quantize<B: Backend>(
         });
     }
     let parent = CheckpointWriter::check(out)?;
-    let run = Run {
-        checkpoint,
-        settings,
-        quantization: settings.quantization_config()?,
-        threads: Threads::new(settings.threads)?,
-    };
+    let threads = Threads::new(settings.threads)?;
+    let mut plan = settings.plan(checkpoint.config());
+    // Known to be possible before any work is done.
+    settings.quantization_config(&plan)?;
     let identity = journal::identity(checkpoint, settings, calibration);
     let mut journal = Journal::open(out, &identity, options.resume, options.journal_interval)?;
+    let spill = Spill { memory_bytes: options.memory_limit, directory: parent };
+    let mut sensitivities = Vec::new();
+    let mut backend = backend;
+    if let (Some(target_bits), Some(calibration)) = (settings.target_bits, calibration) {
+        sensitivities = match journal.sensitivities()? {
+            Some(sensitivities) => sensitivities,
+            None => {
+                let survey = Survey { checkpoint, settings, plan: &plan, threads: &threads };
+                let layers = checkpoint.config().layers;
+                let mut done = |layers_done| progress(Progress::Surveyed { layers_done, layers });
+                let (returned, found) =
+                    survey.choose(backend, target_bits, calibration, &spill, &mut done)?;
+                backend = returned;
+                journal.save_sensitivities(&found)?;
+                found
+            }
+        };
+        plan.spend(&sensitivities);
+    }
     let streams = match calibration {
         Some(calibration) => {
-            let spill = (settings.correction, options.memory_limit, parent.as_path());
-            let states = journal.states()?;
-            Some(Streams::start(backend, checkpoint, calibration, spill, states.as_ref())?)
+            let (states, original) = (journal.states()?, settings.correction);
+            Some(Streams::start(backend, checkpoint, calibration, original, &spill, states.as_ref())?)
         }
         None => None,
     };
+    let quantization = settings.quantization_config(&plan)?;
+    let run = Run { checkpoint, settings, plan, quantization, threads };
     let resumed_layers = journal.finished();
     let result = run.layers(&mut journal, streams, progress).and_then(|()| run.write(&journal, out));
     match result {
@@ -124,7 +154,12 @@ pub fn quantize<B: Backend>(
         Err(error) => journal.remove().map_err(QuantizeError::from).and(Err(error)),
         Ok(report) => {
             journal.remove()?;
-            Ok(Report { errors_are_of_outputs: calibration.is_some(), resumed_layers, ..report })
+            Ok(Report {
+                errors_are_of_outputs: calibration.is_some(),
+                resumed_layers,
+                sensitivities,
+                ..report
+            })
         }
     }
 }
@@ -133,6 +168,7 @@ pub fn quantize<B: Backend>(
 struct Run<'a> {
     checkpoint: &'a Checkpoint,
     settings: &'a Settings,
+    plan: Plan,
     quantization: QuantizationConfig,
     threads: Threads,
 }
@@ -145,17 +181,20 @@ impl Run<'_> {
         mut streams: Option<Streams<B>>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), QuantizeError> {
-        let layers = self.checkpoint.config().layers;
+        let config = self.checkpoint.config();
+        let layers = config.layers;
+        let is_quantized = |spec: &LinearSpec| self.plan.settings_of(&spec.name).is_some();
+        let matrices = specs(config).filter(is_quantized).count();
+        let before = LinearRole::ALL.len() * journal.finished();
+        let mut matrices_done = specs(config).take(before).filter(is_quantized).count();
         for index in journal.finished()..layers {
             let mut writer = journal.layer_writer(index)?;
             let mut reports: Vec<MatrixReport> = Vec::with_capacity(LinearRole::ALL.len());
             self.layer(index, streams.as_mut(), &mut writer, &mut |report| {
                 reports.push(report);
-                progress(Progress {
-                    matrices_done: index * LinearRole::ALL.len() + reports.len(),
-                    matrices: layers * LinearRole::ALL.len(),
-                    matrix: &reports[reports.len() - 1],
-                });
+                matrices_done += 1;
+                let matrix = &reports[reports.len() - 1];
+                progress(Progress::Quantized { matrices_done, matrices, matrix });
             })?;
             let due = journal.finish_layer(writer, &reports)?;
             if due || index + 1 == layers {
@@ -177,7 +216,7 @@ impl Run<'_> {
         writer: &mut CheckpointWriter,
         done: &mut dyn FnMut(MatrixReport),
     ) -> Result<(), QuantizeError> {
-        let Self { checkpoint, settings, quantization, threads } = self;
+        let Self { checkpoint, settings, plan, quantization, threads } = self;
         let mut tensors = LayerTensors::new(checkpoint, index);
         let mut layer = match &streams {
             Some(streams) => Some(LayerPair {
@@ -208,7 +247,12 @@ impl Run<'_> {
             for &role in input.roles() {
                 let spec = role.spec(checkpoint.config(), index);
                 let weights = tensors.weight(role)?;
-                let (matrix, report) = quantize_matrix(weights, &spec, settings, &statistics, threads)?;
+                let Some(module) = plan.settings_of(&spec.name) else {
+                    tensors.write_weight(role, &weights, writer)?;
+                    continue;
+                };
+                let (matrix, report) =
+                    quantize_matrix(weights, &spec, module, settings, &statistics, threads)?;
                 quantization.write_linear(writer, &spec.name, &matrix)?;
                 done(report);
                 if let (Some(streams), Some(layer)) = (&streams, &mut layer) {
@@ -231,10 +275,12 @@ impl Run<'_> {
         layer: &mut DecoderLayer<B>,
         tensors: &mut LayerTensors<'_>,
     ) -> Result<(), QuantizeError> {
-        let Settings { bits, symmetric, group_size, .. } = *self.settings;
         let hessians = streams.profile(layer, &self.threads)?;
         for (input, hessian) in LinearInput::ALL.into_iter().zip(hessians) {
             let inputs = hessian.inputs();
+            let first = input.roles()[0].spec(self.checkpoint.config(), tensors.index);
+            let ModuleSettings { bits, group_size, symmetric, .. } =
+                self.plan.settings_of(&first.name).unwrap_or(self.plan.default());
             let scale_of_input: Vec<usize> = match input {
                 LinearInput::AttentionOutput => tensors.value_channels(),
                 _ => (0..inputs).collect(),
@@ -251,7 +297,7 @@ impl Run<'_> {
                 scale_of_input: &scale_of_input,
                 scales: scale_of_input.iter().max().map_or(0, |last| last + 1),
                 group_size: group_size.inputs(inputs),
-                grid: Grid::whole_range(bits, symmetric),
+                grid: Grid::new(bits, symmetric, RangeSearch::MinMax),
             };
             let scales = self.threads.run(|par| awq::search(&shared, par));
             tensors.fold(input, scales)?;
@@ -274,9 +320,10 @@ impl Run<'_> {
         let weights = layers.iter().map(|matrix| matrix.weights as f64);
         let bits = layers.iter().map(|matrix| matrix.bits_per_weight * matrix.weights as f64);
         Ok(Report {
-            bits_per_weight: bits.sum::<f64>() / weights.sum::<f64>(),
+            bits_per_weight: bits.sum::<f64>() / weights.sum::<f64>().max(1.0),
             errors_are_of_outputs: false,
             resumed_layers: 0,
+            sensitivities: Vec::new(),
             layers,
         })
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use nibble_model::error::CheckpointError;
-use nibble_model::formats::GroupSize;
+use nibble_model::formats::{Format, GroupSize};
 use serde::{Deserialize, Serialize};
 
 use crate::report::{REPORT_FILE, Report};
@@ -172,6 +172,9 @@ fn advice(settings: &Settings, calibration_tokens: Option<usize>) -> Vec<String>
     if let Some(size) = finer {
         advice.push(format!("a smaller --group-size, such as {size}"));
     }
+    if settings.target_bits.is_none() && settings.format != Format::Awq {
+        advice.push("--target-bits 4.5, which spends bits where they matter most".to_owned());
+    }
     if settings.needs_calibration()
         && let Some(tokens) = calibration_tokens.filter(|&tokens| tokens < ENOUGH_CALIBRATION_TOKENS)
     {
@@ -194,7 +197,7 @@ fn percent(fraction: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use nibble_model::formats::{Format, GptqVersion};
+    use nibble_model::formats::GptqVersion;
 
     use super::*;
     use crate::report::tests::report;
@@ -237,6 +240,8 @@ mod tests {
             method: Method::RoundToNearest,
             correction: true,
             damping: 0.01,
+            overrides: Vec::new(),
+            target_bits: None,
             bits: 4,
             group_size: GroupSize::Inputs(128),
             symmetric: true,
@@ -259,8 +264,8 @@ mod tests {
         settings.group_size = GroupSize::Inputs(32);
         settings.symmetric = false;
         let advice = advice(&settings, Some(4096));
-        assert_eq!(advice.len(), 2, "{advice:?}");
-        assert!(advice[0].contains("now 4096 tokens"), "{advice:?}");
+        assert_eq!(advice.len(), 3, "{advice:?}");
+        assert!(advice[0].contains("--target-bits") && advice[1].contains("now 4096 tokens"), "{advice:?}");
     }
 
     #[test]

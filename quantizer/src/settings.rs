@@ -1,16 +1,14 @@
 //! How a model is to be quantized, and whether that fits the model.
 
-use std::collections::BTreeMap;
-
 use nibble_model::config::ModelConfig;
 use nibble_model::error::CheckpointError;
 use nibble_model::formats::{
     ActivationOrder, Format, GroupSize, Misfit, ModuleSettings, QuantizationConfig, QuantizationPlan,
 };
-use nibble_model::forward::LinearRole;
 use serde::Serialize;
 
 use crate::error::QuantizeError;
+use crate::plan::{Override, Plan, specs};
 
 /// Group sizes to suggest where the one asked for does not fit.
 const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
@@ -33,6 +31,11 @@ pub struct Settings {
     pub symmetric: bool,
     /// How the range of a group is found.
     pub range: RangeSearch,
+    /// Other settings for single linear layers; the first that matches decides.
+    pub overrides: Vec<Override>,
+    /// Bits for each weight, scales and zero points included, up to which the most sensitive linear layers get smaller
+    /// groups or 8 bits.
+    pub target_bits: Option<f64>,
     /// The format of the written checkpoint.
     pub format: Format,
     /// Threads of the linear algebra. The result does not depend on it.
@@ -119,11 +122,25 @@ impl Settings {
             let help = "quantize the original checkpoint";
             return refuse("the model", "quantized already".to_owned(), "an unquantized checkpoint", help);
         }
-        let shapes = LinearRole::ALL.map(|role| role.spec(config, 0));
-        for spec in &shapes {
-            let group_size = self.group_size.inputs(spec.in_features);
+        if let Some(unmatched) = Plan::unmatched(config, &self.overrides) {
+            let found =
+                format!("\"{}\", which no linear layer's name begins with", unmatched.modules.source());
+            return refuse(
+                "--override",
+                found,
+                "a name such as model.layers.0.mlp.down_proj",
+                "see nibble inspect",
+            );
+        }
+        let plan = self.plan(config);
+        for spec in specs(config) {
+            let Some(module) = plan.settings_of(&spec.name) else { continue };
+            if !matches!(module.bits, 3 | 4 | 8) {
+                return refuse(&spec.name, format!("of {} bits", module.bits), "3, 4 or 8", "4 is usual");
+            }
+            let group_size = module.group_size.inputs(spec.in_features);
             if group_size == 0 || !spec.in_features.is_multiple_of(group_size) {
-                let fits = |size: &usize| shapes.iter().all(|spec| spec.in_features.is_multiple_of(*size));
+                let fits = |size: &usize| specs(config).all(|spec| spec.in_features.is_multiple_of(*size));
                 let sizes: Vec<_> =
                     USUAL_GROUP_SIZES.iter().filter(|size| fits(size)).map(usize::to_string).collect();
                 let help = match sizes.as_slice() {
@@ -133,17 +150,30 @@ impl Settings {
                 let found = format!("{} inputs wide", spec.in_features);
                 return refuse(&spec.name, found, &format!("a multiple of --group-size {group_size}"), &help);
             }
-            let fits = self.format.check(self.module_settings(), spec.out_features, spec.in_features);
+            let fits = self.format.check(module, spec.out_features, spec.in_features);
             if let Err(Misfit { found, expected }) = fits {
-                return refuse(
-                    &spec.name,
-                    found,
-                    &expected,
-                    "choose another --format, --bits or --group-size",
-                );
+                let help = "choose another --format, --bits or --group-size";
+                return refuse(&spec.name, found, &expected, help);
+            }
+        }
+        if let Some(target) = self.target_bits {
+            if self.format == Format::Awq {
+                let help = "choose --format gptq or compressed-tensors";
+                return refuse("--target-bits", target.to_string(), "a format that mixes group sizes", help);
+            }
+            let least = plan.bits_per_weight(config);
+            if !(target >= least && target <= 8.0) {
+                let expected = format!("from {least:.3}, what these settings take, to 8");
+                let help = "give more bits, or settings that take fewer";
+                return refuse("--target-bits", target.to_string(), &expected, help);
             }
         }
         Ok(())
+    }
+
+    /// The settings of every linear layer, before bits are spent on some.
+    pub(crate) fn plan(&self, config: &ModelConfig) -> Plan {
+        Plan::new(config, self.module_settings(), &self.overrides)
     }
 
     /// Whether Hessians are factored.
@@ -153,7 +183,7 @@ impl Settings {
 
     /// Whether calibration data must be there.
     pub(crate) fn needs_calibration(&self) -> bool {
-        self.factors() || self.method.scales_inputs()
+        self.factors() || self.method.scales_inputs() || self.target_bits.is_some()
     }
 
     /// What every linear layer is quantized by.
@@ -167,14 +197,14 @@ impl Settings {
         }
     }
 
-    /// The metadata of the written checkpoint.
+    /// The metadata of a checkpoint that is written by `plan`.
     ///
     /// # Errors
-    /// When the format cannot express these settings.
-    pub(crate) fn quantization_config(&self) -> Result<QuantizationConfig, CheckpointError> {
+    /// When the format cannot express it.
+    pub(crate) fn quantization_config(&self, plan: &Plan) -> Result<QuantizationConfig, CheckpointError> {
         let plan = QuantizationPlan {
-            settings: self.module_settings(),
-            exceptions: BTreeMap::new(),
+            settings: plan.default(),
+            exceptions: plan.exceptions().clone(),
             quantize_lm_head: false,
             damp_percent: self.method.gptq().map(|_| self.damping),
             quantizer: concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned(),

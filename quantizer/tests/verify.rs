@@ -19,6 +19,8 @@ fn quantized(model: &TinyModel, parent: &Path, format: Format) -> (PathBuf, Repo
         method: Method::RoundToNearest,
         correction: false,
         damping: 0.01,
+        overrides: Vec::new(),
+        target_bits: None,
         bits: 4,
         group_size: GroupSize::Inputs(16),
         symmetric: false,

@@ -20,6 +20,7 @@ mod streamed;
 
 use nibble_kernels::backend::Backend;
 use score::Sums;
+pub use score::kl_divergence;
 pub use streamed::{StreamedProgress, evaluate_streamed};
 
 use crate::config::ModelConfig;

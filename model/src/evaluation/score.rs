@@ -24,11 +24,7 @@ impl Sums {
         let (reference_normalizer, reference_best) = log_sum_exp(reference);
         let reference_log_probability = f64::from(reference[target as usize]) - reference_normalizer;
         self.reference_negative_log_likelihood -= reference_log_probability;
-        let divergence = |(&reference, &logit): (&f32, &f32)| {
-            let reference = f64::from(reference) - reference_normalizer;
-            reference.exp() * (reference - (f64::from(logit) - normalizer))
-        };
-        self.kl_divergence += reference.iter().zip(logits).map(divergence).sum::<f64>();
+        self.kl_divergence += divergence(reference, reference_normalizer, logits, normalizer);
         self.agreements += usize::from(best == reference_best);
         self.squared_probability_difference +=
             (log_probability.exp() - reference_log_probability.exp()).powi(2);
@@ -57,6 +53,19 @@ impl Sums {
             rms_probability_difference: (self.squared_probability_difference / predictions).sqrt(),
         }
     }
+}
+
+/// The Kullback-Leibler divergence of what `logits` predict from what `reference` predicts, in nats.
+pub fn kl_divergence(reference: &[f32], logits: &[f32]) -> f64 {
+    divergence(reference, log_sum_exp(reference).0, logits, log_sum_exp(logits).0)
+}
+
+fn divergence(reference: &[f32], reference_normalizer: f64, logits: &[f32], normalizer: f64) -> f64 {
+    let term = |(&reference, &logit): (&f32, &f32)| {
+        let reference = f64::from(reference) - reference_normalizer;
+        reference.exp() * (reference - (f64::from(logit) - normalizer))
+    };
+    reference.iter().zip(logits).map(term).sum()
 }
 
 /// `ln(sum of e^logit)` and the index of the largest logit.

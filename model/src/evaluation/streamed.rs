@@ -77,15 +77,18 @@ pub fn evaluate_streamed<B: Backend>(
     let mut ends = Vec::with_capacity(models.len());
     for (model, states) in models.iter().zip(states) {
         let (stage, hidden_size) = (OutputStage::new(&backend, model)?, model.config().hidden_size);
-        ends.push(ModelEnd { states, stage, hidden_size });
+        ends.push(ModelEnd { states, stage, hidden_size, hidden: Vec::new() });
     }
     let mut sums = Sums::default();
     for (index, window) in windows.iter().enumerate() {
+        for end in &mut ends {
+            end.states.read(index, &mut end.hidden).map_err(ModelError::from)?;
+        }
         for first in (0..window.len() - 1).step_by(CHUNK_ROWS) {
             let rows = first..(first + CHUNK_ROWS).min(window.len() - 1);
             let mut logits = Vec::with_capacity(ends.len());
             for (end, head) in ends.iter_mut().zip([&head, reference_head.as_ref().unwrap_or(&head)]) {
-                logits.push(end.logits(&backend, head, index, rows.clone())?);
+                logits.push(end.logits(&backend, head, rows.clone())?);
             }
             for (row, &target) in window[rows.start + 1..=rows.end].iter().enumerate() {
                 sums.add(logits[0].row(row), logits.get(1).map(|logits| logits.row(row)), target);
@@ -101,18 +104,13 @@ struct ModelEnd<B: Backend> {
     states: HiddenStates,
     stage: OutputStage<B>,
     hidden_size: usize,
+    /// Those of the window that is scored.
+    hidden: Vec<f32>,
 }
 
 impl<B: Backend> ModelEnd<B> {
-    fn logits(
-        &mut self,
-        backend: &B,
-        head: &Linear<B>,
-        window: usize,
-        rows: Range<usize>,
-    ) -> Result<Logits, ModelError> {
-        let hidden = self.states.read(window)?;
-        let hidden = &hidden[rows.start * self.hidden_size..rows.end * self.hidden_size];
+    fn logits(&mut self, backend: &B, head: &Linear<B>, rows: Range<usize>) -> Result<Logits, ModelError> {
+        let hidden = &self.hidden[rows.start * self.hidden_size..rows.end * self.hidden_size];
         Ok(self.stage.logits_of_hidden(backend, head, hidden)?)
     }
 }

@@ -16,5 +16,6 @@ mod settings;
 pub use awq::AwqConfig;
 pub use compressed_tensors::CompressedTensorsConfig;
 pub use gptq::{GptqConfig, GptqVersion};
+pub use module_pattern::Expression as ModuleExpression;
 pub use quantization_config::{Format, Misfit, QuantizationConfig, QuantizationPlan};
 pub use settings::{ActivationOrder, GroupSize, ModuleSettings};

@@ -3,6 +3,7 @@
 //! Expressions are Python's: matched from the start of the module's name, not to its end; look-around included.
 
 use fancy_regex::Regex;
+use serde::{Serialize, Serializer};
 
 use crate::config::Fields;
 use crate::error::CheckpointError;
@@ -19,9 +20,9 @@ pub(super) enum ModulePattern {
     Expression(Expression),
 }
 
-/// A regular expression that is matched from the start of a name.
+/// A regular expression that is matched from the start of a name, as Python's `re.match` does.
 #[derive(Clone, Debug)]
-pub(super) struct Expression {
+pub struct Expression {
     source: String,
     regex: Regex,
 }
@@ -74,14 +75,17 @@ impl Expression {
     }
 
     /// The expression `source`.
-    pub(super) fn new(source: &str) -> Result<Self, fancy_regex::Error> {
+    ///
+    /// # Errors
+    /// When it is not a regular expression.
+    pub fn new(source: &str) -> Result<Self, fancy_regex::Error> {
         // \A rather than a search from the start: alternatives of `source` must all be tied to it.
         let regex = Regex::new(&format!(r"\A(?:{source})"))?;
         Ok(Self { source: source.to_owned(), regex })
     }
 
     /// Whether `module` begins so. An expression that backtracks without end matches nothing.
-    pub(super) fn matches(&self, module: &str) -> bool {
+    pub fn matches(&self, module: &str) -> bool {
         self.regex.is_match(module).unwrap_or_else(|error| {
             tracing::warn!(expression = self.source, module, %error, "given up; taken as no match");
             false
@@ -89,8 +93,14 @@ impl Expression {
     }
 
     /// Its text.
-    pub(super) fn source(&self) -> &str {
+    pub fn source(&self) -> &str {
         &self.source
+    }
+}
+
+impl Serialize for Expression {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.source)
     }
 }
 

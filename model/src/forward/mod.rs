@@ -7,6 +7,7 @@
 mod batch;
 mod completeness;
 mod decoder_layer;
+mod hidden_states;
 mod layer_runner;
 mod linear;
 mod model;
@@ -18,13 +19,15 @@ mod streamed;
 pub use batch::{BLOCK_SIZE, Batch, Logits, SequenceRows};
 pub use completeness::check_dense;
 pub use decoder_layer::{DecoderLayer, LinearRole, NormRole};
+pub use hidden_states::{HiddenStates, Spill};
 pub use layer_runner::LayerRunner;
 pub use linear::{Linear, LinearSpec};
 pub use model::{KvCache, Model, kv_block_bytes};
 use nibble_kernels::KernelError;
+pub use output_stage::OutputHead;
 pub(crate) use output_stage::{OutputStage, load_output_head};
-pub(crate) use streamed::{EMBEDDING, HiddenStates, through_layers};
-pub use streamed::{Spill, streamed_logits};
+pub(crate) use streamed::{EMBEDDING, through_layers};
+pub use streamed::{embed, streamed_logits};
 
 use crate::error::CheckpointError;
 

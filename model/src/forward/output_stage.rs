@@ -30,6 +30,38 @@ pub(crate) struct OutputStage<B: Backend> {
     epsilon: f32,
 }
 
+/// Final norm and output head of a model whose decoder layers are not in memory.
+pub struct OutputHead<B: Backend> {
+    backend: B,
+    stage: OutputStage<B>,
+    head: Linear<B>,
+}
+
+impl<B: Backend> OutputHead<B> {
+    /// Reads both from `checkpoint`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or malformed, or the device has no kernel for it.
+    pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let (stage, head) =
+            (OutputStage::new(&backend, checkpoint)?, load_output_head(&backend, checkpoint)?);
+        Ok(Self { backend, stage, head })
+    }
+
+    /// The logits of every row of `hidden`, `[rows, hidden_size]`: the residual stream behind the last layer.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn logits(&mut self, hidden: &[f32]) -> Result<Logits, ModelError> {
+        Ok(self.stage.logits_of_hidden(&self.backend, &self.head, hidden)?)
+    }
+
+    /// Gives the device back.
+    pub fn into_backend(self) -> B {
+        self.backend
+    }
+}
+
 /// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied.
 ///
 /// # Errors

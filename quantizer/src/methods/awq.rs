@@ -145,6 +145,7 @@ fn error(shared: &SharedInput<'_>, rows: Weights<'_>, scales: &[f32], par: Par) 
 mod tests {
     use super::*;
     use crate::hessian::HessianSum;
+    use crate::settings::RangeSearch;
     use crate::threads::Threads;
 
     /// Reproducible values in -1.0..1.0.
@@ -178,7 +179,7 @@ mod tests {
             scale_of_input: &own,
             scales: inputs,
             group_size: 32,
-            grid: Grid::whole_range(4, false),
+            grid: Grid::new(4, false, RangeSearch::MinMax),
         };
         let scales = threads.run(|par| search(&shared, par));
         let mut sorted = own.clone();

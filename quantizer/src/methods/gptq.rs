@@ -112,7 +112,7 @@ impl InverseFactor {
     }
 
     /// `1 / U[j, j]^2` of each input, in the inputs' own order.
-    fn importance(&self) -> Vec<f32> {
+    pub(crate) fn importance(&self) -> Vec<f32> {
         let mut importance = vec![0.0; self.order.len()];
         for (index, &input) in self.order.iter().enumerate() {
             importance[input] = self.diagonal(index).powi(-2);

@@ -9,23 +9,8 @@ use super::refine::{Target, refine};
 use super::{Weights, assemble, rtn};
 use crate::grid::{Affine, Grid};
 use crate::hessian::{Hessian, HessianSum};
-use crate::settings::{Method, RangeSearch, Settings};
+use crate::settings::RangeSearch;
 use crate::threads::Threads;
-use nibble_model::formats::{Format, GptqVersion, GroupSize};
-
-fn settings(symmetric: bool, range: RangeSearch) -> Settings {
-    Settings {
-        method: Method::RoundToNearest,
-        correction: false,
-        damping: 0.01,
-        bits: 4,
-        group_size: GroupSize::Inputs(16),
-        symmetric,
-        range,
-        format: Format::Gptq(GptqVersion::V1),
-        threads: 2,
-    }
-}
 
 /// Reproducible values in -1.0..1.0.
 fn random(count: usize, seed: u64) -> Vec<f32> {
@@ -177,7 +162,7 @@ fn gptq_gives_the_codes_of_the_textbook_loop() {
         for activation_order in [false, true] {
             for symmetric in [false, true] {
                 for range in [RangeSearch::MinMax, RangeSearch::MeanSquare] {
-                    let grid = Grid::new(&settings(symmetric, range));
+                    let grid = Grid::new(4, symmetric, range);
                     let expected = textbook_gptq(weights, grid, group_size, &values, activation_order);
                     let factor =
                         threads.run(|par| InverseFactor::new(&hessian, 0.01, activation_order, par)).unwrap();
@@ -201,7 +186,7 @@ fn gptq_has_a_smaller_output_error_than_rounding_on_correlated_inputs() {
         let weights = random(outputs * inputs, 10 * seed + 5);
         let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
         let hessian = hessian(&values, inputs, &threads);
-        let grid = Grid::new(&settings(false, RangeSearch::MinMax));
+        let grid = Grid::new(4, false, RangeSearch::MinMax);
         let error = |(codes, grids): (Vec<u8>, Vec<Affine>)| {
             let matrix = assemble(weights, 4, group_size, codes, &grids).unwrap();
             output_error(weights, &matrix.dequantize(), &values)
@@ -227,7 +212,7 @@ fn refinement_lowers_the_output_error_in_every_sweep_and_stays_on_the_grid() {
         let hessian = hessian(&values, inputs, &threads);
         let factor = threads.run(|par| InverseFactor::new(&hessian, 1e-4, true, par)).unwrap();
         for symmetric in [false, true] {
-            let grid = Grid::new(&settings(symmetric, RangeSearch::MeanSquare));
+            let grid = Grid::new(4, symmetric, RangeSearch::MeanSquare);
             let error = |sweeps: usize| {
                 let (mut codes, mut grids) =
                     threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
@@ -264,7 +249,7 @@ fn one_thread_and_three_give_the_same_bits() {
     let run = |count: usize| {
         let threads = Threads::new(count).unwrap();
         let hessian = hessian(&values, inputs, &threads);
-        let grid = Grid::new(&settings(false, RangeSearch::MeanSquare));
+        let grid = Grid::new(4, false, RangeSearch::MeanSquare);
         let factor = threads.run(|par| InverseFactor::new(&hessian, 0.01, true, par)).unwrap();
         let energy = threads.run(|par| hessian.energy_by_input(weights.values, par)).iter().sum::<f64>();
         (threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)), energy)
@@ -283,7 +268,7 @@ fn an_input_that_calibration_never_saw_is_rounded_to_nearest() {
     let weights = random(outputs * inputs, 2);
     let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
     let hessian = hessian(&values, inputs, &threads);
-    let grid = Grid::new(&settings(false, RangeSearch::MinMax));
+    let grid = Grid::new(4, false, RangeSearch::MinMax);
     let factor = threads.run(|par| InverseFactor::new(&hessian, 0.01, true, par)).unwrap();
     let (codes, grids) = threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
     for output in 0..outputs {
@@ -333,7 +318,7 @@ proptest! {
         let inputs = groups * group_size;
         let values = random(rows * inputs, seed);
         let weights = Weights { out_features: rows, in_features: inputs, values: &values };
-        let grid = Grid::new(&settings(symmetric, RangeSearch::MinMax));
+        let grid = Grid::new(4, symmetric, RangeSearch::MinMax);
         let (codes, grids) = rtn::quantize(weights, grid, group_size, &vec![1.0; inputs]);
         let found = assemble(weights, 4, group_size, codes, &grids).unwrap().dequantize();
         for (found, group) in found.chunks(group_size).zip(values.chunks(group_size)) {
@@ -352,7 +337,7 @@ proptest! {
     ) {
         let importance = vec![1.0; weights.len()];
         let error = |range| {
-            let grid = Grid::new(&settings(symmetric, range)).fit(&weights, &importance);
+            let grid = Grid::new(4, symmetric, range).fit(&weights, &importance);
             assert!(grid.scale != 0.0 && half::f16::from_f32(grid.scale).to_f32() == grid.scale);
             assert!((1..=15).contains(&grid.zero) && (!symmetric || grid.zero == 8));
             let value = |weight: f32| f64::from(grid.value(grid.code(weight)));

@@ -157,6 +157,18 @@ impl<'a> LayerTensors<'a> {
         Ok(())
     }
 
+    /// Writes the weight of a linear layer that is not quantized: `values`, in the element type of the checkpoint.
+    pub(super) fn write_weight(
+        &self,
+        role: LinearRole,
+        values: &[f32],
+        writer: &mut CheckpointWriter,
+    ) -> Result<(), CheckpointError> {
+        let name = role.spec(self.checkpoint.config(), self.index).weight_name();
+        let tensor = self.checkpoint.raw(&name)?;
+        writer.tensor(&name, tensor.dtype, tensor.shape, &bytes(values, tensor.dtype))
+    }
+
     /// Writes every tensor but the weights of linear layers.
     pub(super) fn write(&self, writer: &mut CheckpointWriter) -> Result<(), CheckpointError> {
         let config = self.checkpoint.config();

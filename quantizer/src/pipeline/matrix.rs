@@ -1,6 +1,7 @@
 //! One weight matrix: its codes, and how far they are off.
 
 use nibble_kernels::tensor::QuantizedMatrix;
+use nibble_model::formats::ModuleSettings;
 use nibble_model::forward::LinearSpec;
 
 use crate::error::QuantizeError;
@@ -67,10 +68,11 @@ impl InputStatistics {
     }
 }
 
-/// Quantizes the weight of the linear layer `spec` and measures its error.
+/// Quantizes the weight of the linear layer `spec` as `module` says and measures its error.
 pub(super) fn quantize_matrix(
     mut values: Vec<f32>,
     spec: &LinearSpec,
+    module: ModuleSettings,
     settings: &Settings,
     statistics: &InputStatistics,
     threads: &Threads,
@@ -80,8 +82,8 @@ pub(super) fn quantize_matrix(
         threads.run(|par| correct(&mut values, drift, factor, par));
     }
     let weights = Weights { out_features: outputs, in_features: inputs, values: &values };
-    let group_size = settings.group_size.inputs(inputs);
-    let grid = Grid::new(settings);
+    let group_size = module.group_size.inputs(inputs);
+    let grid = Grid::new(module.bits, module.symmetric, settings.range);
     let (codes, grids) = threads.run(|par| match (statistics, settings.method.gptq()) {
         (InputStatistics::Factored { hessian, factor, .. }, Some(gptq)) => {
             let (mut codes, mut grids) = gptq::quantize(weights, grid, group_size, factor, par);
@@ -99,7 +101,7 @@ pub(super) fn quantize_matrix(
             rtn::quantize(weights, grid, group_size, &importance)
         }
     });
-    let matrix = assemble(weights, settings.bits, group_size, codes, &grids)
+    let matrix = assemble(weights, module.bits, group_size, codes, &grids)
         .map_err(QuantizeError::matrix(&spec.name))?;
     let report = measure(&spec.name, &matrix, &values, statistics.hessian(), threads);
     Ok((matrix, report))

@@ -1,20 +1,17 @@
 //! The calibration sequences on their way through the model: as the original computes them, and as the layers
 //! quantized so far do.
 
-use std::path::Path;
-
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorFiles};
 use nibble_model::error::CheckpointError;
-use nibble_model::forward::{DecoderLayer, LayerRunner, LinearRole};
+use nibble_model::forward::{DecoderLayer, HiddenStates, LayerRunner, LinearRole, Spill, embed};
 
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
 use crate::hessian::{Hessian, HessianSum};
 use crate::methods::correction::Drift;
-use crate::pipeline::states::States;
 use crate::threads::Threads;
 
 /// What saved streams are called.
@@ -68,13 +65,12 @@ pub(super) struct LayerPair<B: Backend> {
 pub(super) struct Streams<B: Backend> {
     runner: LayerRunner<B>,
     widths: Widths,
-    sequences: usize,
     /// The residual stream of the quantized layers, `hidden_size` wide.
-    hidden: States,
+    hidden: HiddenStates,
     /// The input of the attention output projection, `heads * head_dim` wide.
-    attention: States,
+    attention: HiddenStates,
     /// The residual stream of the original layers, where errors are to be corrected.
-    original: Option<States>,
+    original: Option<HiddenStates>,
 }
 
 #[derive(Clone, Copy)]
@@ -98,31 +94,31 @@ impl<B: Backend> Streams<B> {
     /// The streams of the calibration tokens before the first layer: their embeddings, read row by row from the
     /// checkpoint; or where the run that saved `states` stood.
     ///
-    /// `spill` says whether the original model's stream is kept beside, and in which directory the streams are
-    /// kept if they take more than so many bytes.
+    /// `with_original` says whether the original model's stream is kept beside; `spill`, where the streams are kept
+    /// if all of them take too much memory.
     pub(super) fn start(
         backend: B,
         checkpoint: &Checkpoint,
         calibration: &Calibration,
-        spill: (bool, u64, &Path),
+        with_original: bool,
+        spill: &Spill,
         states: Option<&TensorFiles>,
     ) -> Result<Self, QuantizeError> {
-        let (with_original, memory_limit, directory) = spill;
         let config = checkpoint.config();
         let (hidden, attention) = (config.hidden_size, config.heads * config.head_dim);
         let widths = Widths { hidden, attention, gated: config.intermediate_size };
         let lengths: Vec<usize> = calibration.sequences().iter().map(Vec::len).collect();
         let elements = hidden * if with_original { 2 } else { 1 } + attention;
         let bytes = (lengths.iter().sum::<usize>() * elements * size_of::<f32>()) as u64;
-        let spill = (bytes > memory_limit).then_some(directory);
+        let memory_bytes = if bytes > spill.memory_bytes { 0 } else { u64::MAX };
+        let spill = Spill { memory_bytes, ..spill.clone() };
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut streams = Self {
             runner: LayerRunner::new(backend, config, longest)?,
             widths,
-            sequences: lengths.len(),
-            hidden: States::new(&lengths, hidden, spill)?,
-            attention: States::new(&lengths, attention, spill)?,
-            original: if with_original { Some(States::new(&lengths, hidden, spill)?) } else { None },
+            hidden: HiddenStates::new(&lengths, hidden, &spill)?,
+            attention: HiddenStates::new(&lengths, attention, &spill)?,
+            original: if with_original { Some(HiddenStates::new(&lengths, hidden, &spill)?) } else { None },
         };
         match states {
             Some(states) => streams.restore(states)?,
@@ -132,15 +128,8 @@ impl<B: Backend> Streams<B> {
     }
 
     fn embed(&mut self, checkpoint: &Checkpoint, calibration: &Calibration) -> Result<(), QuantizeError> {
-        let hidden = self.widths.hidden;
-        let vocabulary = checkpoint.config().vocabulary_size;
-        let table = checkpoint.dense("model.embed_tokens.weight", vocabulary, hidden)?;
         for (index, tokens) in calibration.sequences().iter().enumerate() {
-            let row = |&token: &u32| {
-                let first = token as usize * hidden;
-                (first..first + hidden).map(|element| table.values().get(element))
-            };
-            let embedded: Vec<f32> = tokens.iter().flat_map(row).collect();
+            let embedded = embed(checkpoint, tokens)?;
             self.hidden.write(index, &embedded)?;
             if let Some(original) = &mut self.original {
                 original.write(index, &embedded)?;
@@ -181,7 +170,7 @@ impl<B: Backend> Streams<B> {
         scales: Option<&[f32]>,
         threads: &Threads,
     ) -> Result<(Hessian, Option<Drift>), QuantizeError> {
-        let Self { runner, widths, hidden, attention, original, .. } = self;
+        let Self { runner, widths, hidden, attention, original } = self;
         let LayerPair { quantized, original: original_layer } = layer;
         let width = widths.of(input);
         let mut sum = HessianSum::new(width);
@@ -194,7 +183,7 @@ impl<B: Backend> Streams<B> {
         let mut drift = Mat::<f32>::zeros(if both { drift_rows } else { 0 }, width);
         let (mut stream, mut values) = (Vec::new(), Vec::new());
         let (mut target, mut difference) = (Vec::new(), Vec::new());
-        for index in 0..self.sequences {
+        for index in 0..hidden.sequences() {
             hidden.read(index, &mut stream)?;
             values.resize(stream.len() / widths.hidden * width, 0.0);
             match input {
@@ -263,7 +252,7 @@ impl<B: Backend> Streams<B> {
         let mut sums = LinearInput::ALL.map(|input| HessianSum::new(widths.of(input)));
         let mut values = LinearInput::ALL.map(|_| Vec::new());
         let mut stream = Vec::new();
-        for index in 0..self.sequences {
+        for index in 0..hidden.sequences() {
             hidden.read(index, &mut stream)?;
             for (values, input) in values.iter_mut().zip(LinearInput::ALL) {
                 values.resize(stream.len() / widths.hidden * widths.of(input), 0.0);
@@ -281,16 +270,77 @@ impl<B: Backend> Streams<B> {
         Ok(sums.map(HessianSum::finish))
     }
 
+    /// Brings every sequence through the whole `layer`.
+    pub(super) fn advance(&mut self, layer: &DecoderLayer<B>) -> Result<(), QuantizeError> {
+        let count = self.hidden.sequences();
+        pass(&mut self.runner, layer, &mut self.hidden, count)
+    }
+
+    /// Brings the first `count` sequences of `others` through the whole `layer`.
+    pub(super) fn pass(
+        &mut self,
+        layer: &DecoderLayer<B>,
+        others: &mut HiddenStates,
+        count: usize,
+    ) -> Result<(), QuantizeError> {
+        pass(&mut self.runner, layer, others, count)
+    }
+
+    /// Brings a copy of the first tokens of the first sequences, as many as `lengths` say, through the whole `layer`
+    /// and puts them into `others` from sequence `first` on.
+    pub(super) fn branch(
+        &mut self,
+        layer: &DecoderLayer<B>,
+        lengths: &[usize],
+        others: &mut HiddenStates,
+        first: usize,
+    ) -> Result<(), QuantizeError> {
+        for (index, &tokens) in lengths.iter().enumerate() {
+            let mut stream = self.hidden(index, tokens)?;
+            self.runner.forward(layer, &mut stream)?;
+            others.write(first + index, &stream)?;
+        }
+        Ok(())
+    }
+
+    /// The residual stream of the first `tokens` tokens of sequence `index`.
+    pub(super) fn hidden(&self, index: usize, tokens: usize) -> Result<Vec<f32>, QuantizeError> {
+        let mut stream = Vec::new();
+        self.hidden.read(index, &mut stream)?;
+        stream.truncate(tokens * self.widths.hidden);
+        Ok(stream)
+    }
+
+    /// Gives the device back.
+    pub(super) fn into_backend(self) -> B {
+        self.runner.into_backend()
+    }
+
     /// Brings the quantized stream of every sequence to the end of `layer`, all of whose inputs it has passed.
     pub(super) fn finish_layer(&mut self, layer: &LayerPair<B>) -> Result<(), QuantizeError> {
         let mut stream = Vec::new();
-        for index in 0..self.sequences {
+        for index in 0..self.hidden.sequences() {
             self.hidden.read(index, &mut stream)?;
             self.runner.add_feed_forward(&layer.quantized, &mut stream)?;
             self.hidden.write(index, &stream)?;
         }
         Ok(())
     }
+}
+
+fn pass<B: Backend>(
+    runner: &mut LayerRunner<B>,
+    layer: &DecoderLayer<B>,
+    states: &mut HiddenStates,
+    count: usize,
+) -> Result<(), QuantizeError> {
+    let mut stream = Vec::new();
+    for index in 0..count {
+        states.read(index, &mut stream)?;
+        runner.forward(layer, &mut stream)?;
+        states.write(index, &stream)?;
+    }
+    Ok(())
 }
 
 fn subtract(from: &mut [f32], values: &[f32]) {

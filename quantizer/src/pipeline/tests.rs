@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 
 use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::tensor::QuantizedMatrix;
-use nibble_model::formats::{Format, GptqVersion, GroupSize};
+use nibble_model::formats::{Format, GptqVersion, GroupSize, ModuleExpression};
 use nibble_model::forward::{Batch, LinearSpec, Model};
 use safetensors::Dtype;
 
 use super::*;
 use crate::calibration::CalibrationOptions;
+use crate::plan::{Change, Override, specs, stored_bits};
+use crate::report::UnitSensitivity;
 use crate::settings::{GptqSettings, Method, RangeSearch};
 
 const VOCABULARY: usize = 90;
@@ -105,6 +107,8 @@ fn settings(method: Method) -> Settings {
         method,
         correction: method != Method::RoundToNearest,
         damping: 0.01,
+        overrides: Vec::new(),
+        target_bits: None,
         bits: 4,
         group_size: GroupSize::Inputs(32),
         symmetric: false,
@@ -209,10 +213,17 @@ fn what_is_written_reads_back_as_the_matrix_that_was_measured() {
                 let written = Checkpoint::open(&out).unwrap();
                 for role in LinearRole::ALL {
                     let spec = role.spec(checkpoint.config(), 1);
+                    let module = settings.plan(checkpoint.config()).settings_of(&spec.name).unwrap();
                     let weights = LayerTensors::new(&checkpoint, 1).weight(role).unwrap();
-                    let (expected, measured) =
-                        quantize_matrix(weights, &spec, &settings, &InputStatistics::Unknown, &threads)
-                            .unwrap();
+                    let (expected, measured) = quantize_matrix(
+                        weights,
+                        &spec,
+                        module,
+                        &settings,
+                        &InputStatistics::Unknown,
+                        &threads,
+                    )
+                    .unwrap();
                     assert_eq!(read(&written, &spec).checksum(), expected.checksum(), "{}", spec.name);
                     let reported = report.layers.iter().find(|matrix| matrix.name == spec.name).unwrap();
                     assert_eq!((reported, reported.bits), (&measured, bits));
@@ -334,4 +345,82 @@ fn scales_of_inputs_change_nothing_but_the_rounding() {
         let (_, rtn) = distance("rtn", &plain(Method::RoundToNearest));
         assert!(awq < 0.7 * rtn, "{class}: {awq} {rtn}");
     }
+}
+
+#[test]
+fn bits_go_where_they_matter_and_overrides_are_kept() {
+    let parent = tempfile::tempdir().unwrap();
+    // What the second layer's attention adds is drowned out by what its feed-forward block adds.
+    let loud = |name: &str, values: &mut [f32]| {
+        let factor = match name {
+            "model.layers.1.mlp.down_proj.weight" => 8.0,
+            "model.layers.1.self_attn.o_proj.weight" => 0.01,
+            _ => 1.0,
+        };
+        values.iter_mut().for_each(|value| *value *= factor);
+    };
+    let model = write_model(parent.path(), CLASSES[0], loud);
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let calibration = calibration(&checkpoint, &write_text(parent.path(), 900)).unwrap();
+    let change = |source: &str, change| Override { modules: ModuleExpression::new(source).unwrap(), change };
+    let plain = Settings { group_size: GroupSize::Inputs(128), ..settings(GPTQ) };
+    let overridden = Settings {
+        overrides: vec![
+            change(r"model\.layers\.0\.self_attn\.o_proj", Change::Keep),
+            change(".*q_proj|.*k_proj|.*v_proj", Change::Quantize { bits: Some(8), group_size: None }),
+        ],
+        ..plain.clone()
+    };
+    for (name, format) in [("gptq", plain.format), ("compressed", Format::CompressedTensors)] {
+        let spent = Settings { target_bits: Some(5.0), format, ..plain.clone() };
+        let out = parent.path().join(format!("{name} spent"));
+        let report = run(&checkpoint, &out, &spent, Some(&calibration)).unwrap();
+        assert!(report.bits_per_weight > 4.8 && report.bits_per_weight <= 5.0, "{}", report.bits_per_weight);
+        let written = Checkpoint::open(&out).unwrap();
+        for spec in specs(checkpoint.config()) {
+            let unit =
+                report.sensitivities.iter().find(|unit| unit.linear_layers.contains(&spec.name)).unwrap();
+            let matrix = read(&written, &spec);
+            assert_eq!((matrix.bits(), matrix.group_size()), (unit.bits, unit.group_size), "{}", spec.name);
+        }
+        let unit = |end: &str| {
+            let of_name = |name: &String| name.ends_with(end);
+            report.sensitivities.iter().find(|unit| unit.linear_layers.iter().any(of_name)).unwrap()
+        };
+        let (down, quiet) = (unit("1.mlp.down_proj"), unit("1.self_attn.o_proj"));
+        let found = &report.sensitivities;
+        assert!(down.kl_divergence > 10.0 * quiet.kl_divergence, "{found:?}");
+        let bits =
+            |unit: &UnitSensitivity| stored_bits(unit.bits, GroupSize::Inputs(unit.group_size), INTERMEDIATE);
+        assert!(down.raised && bits(down) > bits(quiet), "{found:?}");
+
+        let out = parent.path().join(format!("{name} overridden"));
+        let overridden = Settings { format, ..overridden.clone() };
+        let report = run(&checkpoint, &out, &overridden, Some(&calibration)).unwrap();
+        assert_eq!(report.layers.len(), 13);
+        let written = Checkpoint::open(&out).unwrap();
+        let kept = "model.layers.0.self_attn.o_proj.weight";
+        assert_eq!(written.raw(kept).unwrap().data, checkpoint.raw(kept).unwrap().data);
+        let bits = |role: LinearRole| read(&written, &role.spec(checkpoint.config(), 0)).bits();
+        assert_eq!([LinearRole::Query, LinearRole::Value, LinearRole::Up].map(bits), [8, 8, 4]);
+        let tokens: Vec<u32> = (0..40).collect();
+        assert!(logits(&out, &tokens).iter().all(|logit| logit.is_finite()));
+        let both = Settings { target_bits: Some(6.0), ..overridden };
+        let report =
+            run(&checkpoint, &parent.path().join(format!("{name} both")), &both, Some(&calibration)).unwrap();
+        let raised: Vec<_> = report.sensitivities.iter().filter(|unit| unit.raised).collect();
+        assert!(!raised.is_empty() && report.sensitivities.len() == 7);
+        assert!(!raised.iter().any(|unit| unit.linear_layers.iter().any(|name| name.ends_with("q_proj"))));
+    }
+    let refused = |settings: Settings| {
+        run(&checkpoint, &parent.path().join("refused"), &settings, Some(&calibration))
+            .unwrap_err()
+            .to_string()
+    };
+    let missing = refused(Settings { overrides: vec![change("layers", Change::Keep)], ..plain.clone() });
+    assert!(missing.contains("--override") && missing.contains("layers"), "{missing}");
+    let little = refused(Settings { target_bits: Some(4.0), ..plain.clone() });
+    assert!(little.contains("--target-bits") && little.contains("4.156"), "{little}");
+    let awq = refused(Settings { target_bits: Some(5.0), format: Format::Awq, ..plain });
+    assert!(awq.contains("mixes group sizes"), "{awq}");
 }

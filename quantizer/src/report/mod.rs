@@ -51,6 +51,21 @@ pub struct InputShare {
     pub share: f64,
 }
 
+/// Linear layers that multiply the same input, and what more bits for them are worth.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnitSensitivity {
+    /// Their names.
+    pub linear_layers: Vec<String>,
+    /// Mean KL divergence of the model's predictions when they alone are rounded to nearest, in nats.
+    pub kl_divergence: f64,
+    /// Bits they were given.
+    pub bits: u32,
+    /// Inputs that share a scale.
+    pub group_size: usize,
+    /// Whether that is more than what all others have.
+    pub raised: bool,
+}
+
 /// The whole model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
@@ -60,6 +75,9 @@ pub struct Report {
     pub errors_are_of_outputs: bool,
     /// Decoder layers that an earlier run had finished.
     pub resumed_layers: usize,
+    /// How much each unit of linear layers matters, where that was measured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sensitivities: Vec<UnitSensitivity>,
     /// Every quantized matrix, in the order of the model.
     pub layers: Vec<MatrixReport>,
 }

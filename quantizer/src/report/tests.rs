@@ -30,6 +30,7 @@ pub(crate) fn report(layers: usize) -> Report {
         bits_per_weight: 4.156,
         errors_are_of_outputs: true,
         resumed_layers: 0,
+        sensitivities: Vec::new(),
         layers: matrices.collect(),
     }
 }
@@ -46,6 +47,8 @@ pub(crate) fn run_report() -> RunReport {
             method: Method::Gptq(gptq),
             correction: true,
             damping: 0.01,
+            overrides: Vec::new(),
+            target_bits: None,
             bits: 4,
             group_size: GroupSize::Inputs(128),
             symmetric: false,

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use nibble_model::formats::{Format, GptqVersion, GroupSize};
+use nibble_model::formats::{Format, GptqVersion, GroupSize, ModuleExpression};
 use nibble_quantizer::quality_gate::QualityGate;
-use nibble_quantizer::{GptqSettings, Method, RangeSearch, RunOptions, Settings};
+use nibble_quantizer::{Change, GptqSettings, Method, Override, RangeSearch, RunOptions, Settings};
 
 use super::calibration::CalibrationArguments;
 use crate::device::DeviceArguments;
@@ -65,6 +65,15 @@ pub(crate) struct QuantizeArguments {
     /// Fraction of the mean Hessian diagonal added to the diagonal (all but rtn).
     #[arg(long, default_value_t = 0.01)]
     pub(super) damp: f64,
+    /// Other settings for the linear layers whose names begin as a regular expression says:
+    /// EXPRESSION=bits:8,group-size:32 or EXPRESSION=keep, which leaves them unquantized. The first that matches
+    /// decides. Readers that fuse q, k, v and gate, up need the same settings for all parts.
+    #[arg(long = "override", value_name = "EXPRESSION=CHANGE", value_parser = parse_override)]
+    overrides: Vec<Override>,
+    /// Measure how much each linear layer matters, and give the most sensitive ones smaller groups or 8 bits until
+    /// weights take BITS in the mean, scales and zero points included.
+    #[arg(long, value_name = "BITS")]
+    target_bits: Option<f64>,
     /// The format of the checkpoint.
     #[arg(long, value_enum, default_value_t = FormatArgument::Gptq)]
     pub(super) format: FormatArgument,
@@ -128,6 +137,27 @@ fn parse_group_size(text: &str) -> Result<GroupSize, String> {
     }
 }
 
+fn parse_override(text: &str) -> Result<Override, String> {
+    let expected =
+        "EXPRESSION=bits:N, EXPRESSION=group-size:N, both with a comma between, or EXPRESSION=keep";
+    let (source, change) = text.rsplit_once('=').ok_or_else(|| format!("expected {expected}"))?;
+    let modules = ModuleExpression::new(source).map_err(|error| error.to_string())?;
+    if change == "keep" {
+        return Ok(Override { modules, change: Change::Keep });
+    }
+    let (mut bits, mut group_size) = (None, None);
+    for part in change.split(',') {
+        match part.split_once(':') {
+            Some(("bits", value)) => {
+                bits = Some(value.parse().map_err(|_| format!("bits are \"{value}\", expected 3, 4 or 8"))?);
+            }
+            Some(("group-size", value)) => group_size = Some(parse_group_size(value)?),
+            _ => return Err(format!("\"{part}\" is not known; expected {expected}")),
+        }
+    }
+    Ok(Override { modules, change: Change::Quantize { bits, group_size } })
+}
+
 impl QuantizeArguments {
     /// What is asked for, not checked against a model.
     pub(super) fn settings(&self) -> Settings {
@@ -141,6 +171,8 @@ impl QuantizeArguments {
             },
             correction: self.correct && self.method != MethodArgument::Rtn,
             damping: self.damp,
+            overrides: self.overrides.clone(),
+            target_bits: self.target_bits,
             bits: self.bits,
             group_size: self.group_size,
             symmetric: self.sym,

@@ -34,10 +34,14 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     };
     let calibration = arguments.calibration.read(&checkpoint, &settings, &arguments.device)?;
     let mut bar = Progress::new(format!("quantizing {}", arguments.model));
-    let mut show = |progress: nibble_quantizer::Progress<'_>| {
-        let matrix = progress.matrix;
-        let message = format!("{} error {:.3} %", matrix.name, 100.0 * matrix.relative_error);
-        bar.update(progress.matrices_done as u64, progress.matrices as u64, &message);
+    let mut show = |progress: nibble_quantizer::Progress<'_>| match progress {
+        nibble_quantizer::Progress::Surveyed { layers_done, layers } => {
+            bar.update(layers_done as u64, layers as u64, "layers measured");
+        }
+        nibble_quantizer::Progress::Quantized { matrices_done, matrices, matrix } => {
+            let message = format!("{} error {:.3} %", matrix.name, 100.0 * matrix.relative_error);
+            bar.update(matrices_done as u64, matrices as u64, &message);
+        }
     };
     let (cpu, options) = (arguments.device.cpu(), arguments.options());
     let report =

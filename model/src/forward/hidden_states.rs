@@ -1,15 +1,26 @@
-//! One vector for every calibration token: in memory, or in a file when there are too many.
+//! One vector for every token of several sequences, such as their residual streams: in memory, or in a file when
+//! there are too many.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use nibble_model::checkpoint::{CheckpointWriter, TensorFiles};
-use nibble_model::error::CheckpointError;
 use safetensors::Dtype;
 
+use crate::checkpoint::{CheckpointWriter, TensorFiles};
+use crate::error::CheckpointError;
+
+/// Where vectors go that are too many for memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spill {
+    /// Bytes that are held in memory; when all vectors take more, they go to a file.
+    pub memory_bytes: u64,
+    /// Where the file lies. It has no name and goes with the process.
+    pub directory: PathBuf,
+}
+
 /// Vectors of `width` elements for the tokens of several sequences, a sequence at a time.
-pub(super) struct States {
+pub struct HiddenStates {
     width: usize,
     /// Tokens of each sequence.
     lengths: Vec<usize>,
@@ -25,34 +36,35 @@ enum Store {
     },
 }
 
-impl States {
-    /// Zeros for sequences of these `lengths`, in a file in the directory `spill` if there is one.
+impl HiddenStates {
+    /// Zeros for sequences of these `lengths` in tokens.
     ///
     /// # Errors
-    /// When the file cannot be made.
-    pub(super) fn new(
-        lengths: &[usize],
-        width: usize,
-        spill: Option<&Path>,
-    ) -> Result<Self, CheckpointError> {
-        let store = match spill {
-            None => Store::Memory(lengths.iter().map(|tokens| vec![0.0; tokens * width]).collect()),
-            Some(directory) => {
-                let error = || CheckpointError::io("create a file in", directory);
-                let file = tempfile::tempfile_in(directory).map_err(error())?;
-                let elements = lengths.iter().sum::<usize>() * width;
-                file.set_len((elements * size_of::<f32>()) as u64).map_err(error())?;
-                Store::File { file, directory: directory.to_owned() }
-            }
+    /// When a file is needed and cannot be made.
+    pub fn new(lengths: &[usize], width: usize, spill: &Spill) -> Result<Self, CheckpointError> {
+        let bytes = (lengths.iter().sum::<usize>() * width * size_of::<f32>()) as u64;
+        let store = if bytes <= spill.memory_bytes {
+            Store::Memory(lengths.iter().map(|tokens| vec![0.0; tokens * width]).collect())
+        } else {
+            let directory = spill.directory.clone();
+            let file = tempfile::tempfile_in(&directory)
+                .and_then(|file| file.set_len(bytes).map(|()| file))
+                .map_err(CheckpointError::io("create a file for hidden states in", &directory))?;
+            Store::File { file, directory }
         };
         Ok(Self { width, lengths: lengths.to_vec(), store })
+    }
+
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.lengths.len()
     }
 
     /// Copies the vectors of sequence `index` to `values`, `[tokens, width]`.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub(super) fn read(&self, index: usize, values: &mut Vec<f32>) -> Result<(), CheckpointError> {
+    pub fn read(&self, index: usize, values: &mut Vec<f32>) -> Result<(), CheckpointError> {
         match &self.store {
             Store::Memory(sequences) => values.clone_from(&sequences[index]),
             Store::File { file, directory } => {
@@ -60,7 +72,7 @@ impl States {
                 let mut file = file;
                 file.seek(SeekFrom::Start(self.offset(index)))
                     .and_then(|_| file.read_exact(bytemuck::cast_slice_mut(values)))
-                    .map_err(CheckpointError::io("read calibration states from a file in", directory))?;
+                    .map_err(CheckpointError::io("read hidden states from a file in", directory))?;
             }
         }
         Ok(())
@@ -70,7 +82,7 @@ impl States {
     ///
     /// # Errors
     /// When the file cannot be written: the disk is full.
-    pub(super) fn write(&mut self, index: usize, values: &[f32]) -> Result<(), CheckpointError> {
+    pub fn write(&mut self, index: usize, values: &[f32]) -> Result<(), CheckpointError> {
         debug_assert_eq!(values.len(), self.lengths[index] * self.width);
         let offset = self.offset(index);
         match &mut self.store {
@@ -78,7 +90,7 @@ impl States {
             Store::File { file, directory } => {
                 file.seek(SeekFrom::Start(offset))
                     .and_then(|_| file.write_all(bytemuck::cast_slice(values)))
-                    .map_err(CheckpointError::io("write calibration states to a file in", directory))?;
+                    .map_err(CheckpointError::io("write hidden states to a file in", directory))?;
             }
         }
         Ok(())
@@ -88,7 +100,7 @@ impl States {
     ///
     /// # Errors
     /// When the disk refuses.
-    pub(super) fn save(&self, writer: &mut CheckpointWriter, name: &str) -> Result<(), CheckpointError> {
+    pub fn save(&self, writer: &mut CheckpointWriter, name: &str) -> Result<(), CheckpointError> {
         let mut values = Vec::new();
         for (index, &tokens) in self.lengths.iter().enumerate() {
             self.read(index, &mut values)?;
@@ -102,13 +114,13 @@ impl States {
     ///
     /// # Errors
     /// When a sequence is missing or of another length.
-    pub(super) fn restore(&mut self, files: &TensorFiles, name: &str) -> Result<(), CheckpointError> {
+    pub fn restore(&mut self, files: &TensorFiles, name: &str) -> Result<(), CheckpointError> {
         for index in 0..self.lengths.len() {
             let tensor = files.raw(&format!("{name}.{index}"))?;
             let expected = [self.lengths[index], self.width];
             if tensor.shape != expected || tensor.dtype != Dtype::F32 {
                 let found = format!("{:?} {:?}", tensor.dtype, tensor.shape);
-                let help = "remove the directory of the journal to start again";
+                let help = "the file was written for other sequences; remove it and what belongs to it";
                 let expected = format!("F32 {expected:?}");
                 return Err(CheckpointError::tensor(tensor.file, tensor.name, found, expected, help));
             }
@@ -133,8 +145,9 @@ mod tests {
     fn a_file_holds_what_memory_holds() {
         let directory = tempfile::tempdir().unwrap();
         let lengths = [3, 1, 2];
-        for spill in [None, Some(directory.path())] {
-            let mut states = States::new(&lengths, 4, spill).unwrap();
+        for memory_bytes in [u64::MAX, 95] {
+            let spill = Spill { memory_bytes, directory: directory.path().to_owned() };
+            let mut states = HiddenStates::new(&lengths, 4, &spill).unwrap();
             let values = |index: usize| -> Vec<f32> {
                 (0..lengths[index] * 4).map(|element| (index * 100 + element) as f32).collect()
             };
