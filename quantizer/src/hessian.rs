@@ -15,10 +15,14 @@ use faer::linalg::cholesky::llt::factor::{
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
-use faer::{Accum, Mat, MatRef, Par, Spec};
+use faer::reborrow::{Reborrow, ReborrowMut};
+use faer::{Accum, Mat, MatMut, MatRef, Par, Spec};
 
 /// Rows of a weight matrix whose error is computed at once.
 const ERROR_ROWS: usize = 256;
+
+/// Columns that are inverted at once.
+const INVERSE_BLOCK: usize = 256;
 
 /// `X^T X`, symmetric.
 pub(crate) struct Hessian {
@@ -114,13 +118,11 @@ impl Hessian {
         let mut scratch = MemBuffer::new(cholesky_in_place_scratch::<f64>(inputs, par, params));
         let stack = MemStack::new(&mut scratch);
         cholesky_in_place(factor.as_mut(), LltRegularization::default(), par, stack, params).ok()?;
-        let mut inverse = Mat::<f64>::zeros(inputs, inputs);
-        invert_lower_triangular(inverse.as_mut(), factor.as_ref(), par);
-        drop(factor);
+        invert_in_place(factor.as_mut(), par);
         let mut upper = vec![0.0; inputs * inputs];
         for (row, upper) in upper.chunks_exact_mut(inputs.max(1)).enumerate() {
             for column in row..inputs {
-                let value = inverse[(inputs - 1 - row, inputs - 1 - column)] as f32;
+                let value = factor[(inputs - 1 - row, inputs - 1 - column)] as f32;
                 if !value.is_finite() {
                     return None;
                 }
@@ -140,7 +142,7 @@ impl Hessian {
             let count = rows.len() / inputs;
             let products = &mut products[..rows.len()];
             matmul(
-                faer::MatMut::from_row_major_slice_mut(products, count, inputs),
+                MatMut::from_row_major_slice_mut(products, count, inputs),
                 Accum::Replace,
                 MatRef::from_row_major_slice(rows, count, inputs),
                 self.sums.as_ref(),
@@ -154,5 +156,82 @@ impl Hessian {
             }
         }
         energies
+    }
+}
+
+/// Replaces the lower triangle of `matrix` by its inverse; what is above the diagonal is not looked at.
+///
+/// ```text
+/// [ A 0 ]^-1   [     A^-1         0   ]
+/// [ B C ]    = [ -C^-1 B A^-1    C^-1 ]
+/// ```
+///
+/// Blocks of columns from right to left: `C` is inverted already when `B` is. The largest matrices of a 70B model take
+/// 6.6 GB as `f64`; a second one for the result would not fit beside them.
+fn invert_in_place(mut matrix: MatMut<'_, f64>, par: Par) {
+    let size = matrix.nrows();
+    let mut end = size;
+    while end > 0 {
+        let first = (end - 1) / INVERSE_BLOCK * INVERSE_BLOCK;
+        let (width, below) = (end - first, size - end);
+        let mut diagonal = Mat::<f64>::zeros(width, width);
+        let block = matrix.rb().submatrix(first, first, width, width);
+        invert_lower_triangular(diagonal.as_mut(), block, par);
+        let mut product = Mat::<f64>::zeros(below, width);
+        let structure = BlockStructure::TriangularLower;
+        triangular::matmul(
+            product.as_mut(),
+            BlockStructure::Rectangular,
+            Accum::Replace,
+            matrix.rb().submatrix(end, end, below, below),
+            structure,
+            matrix.rb().submatrix(end, first, below, width),
+            BlockStructure::Rectangular,
+            -1.0,
+            par,
+        );
+        triangular::matmul(
+            matrix.rb_mut().submatrix_mut(end, first, below, width),
+            BlockStructure::Rectangular,
+            Accum::Replace,
+            product.as_ref(),
+            BlockStructure::Rectangular,
+            diagonal.as_ref(),
+            structure,
+            1.0,
+            par,
+        );
+        for column in 0..width {
+            for row in column..width {
+                matrix[(first + row, first + column)] = diagonal[(row, column)];
+            }
+        }
+        end = first;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_triangle_is_inverted_where_it_stands() {
+        for size in [1, 7, INVERSE_BLOCK, INVERSE_BLOCK + 1, 2 * INVERSE_BLOCK + 30] {
+            let triangle = Mat::<f64>::from_fn(size, size, |row, column| match row.cmp(&column) {
+                std::cmp::Ordering::Less => f64::NAN,
+                std::cmp::Ordering::Equal => 2.0 + (row % 5) as f64,
+                std::cmp::Ordering::Greater => ((row * 31 + column * 17) % 23) as f64 / 23.0 / size as f64,
+            });
+            let mut inverse = triangle.clone();
+            invert_in_place(inverse.as_mut(), Par::Seq);
+            for row in 0..size {
+                for column in 0..=row {
+                    let product: f64 =
+                        (column..=row).map(|k| triangle[(row, k)] * inverse[(k, column)]).sum();
+                    let expected = if row == column { 1.0 } else { 0.0 };
+                    assert!((product - expected).abs() < 1e-12, "{size}: {row}, {column}: {product}");
+                }
+            }
+        }
     }
 }
