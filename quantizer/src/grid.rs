@@ -52,11 +52,6 @@ impl Affine {
         Self { scale, zero: zero as u8, inverse: 1.0 / scale, largest }
     }
 
-    /// The same zero point with another scale; this one where `scale` is not finite.
-    pub(crate) fn rescaled(&self, scale: f32) -> Self {
-        if scale.is_finite() { Self::new(scale, f32::from(self.zero), self.largest) } else { *self }
-    }
-
     /// The weight's code, as a number.
     #[inline]
     fn level(&self, weight: f32) -> f32 {

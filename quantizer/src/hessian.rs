@@ -86,18 +86,6 @@ impl Hessian {
         if sum > 0.0 { sum / self.inputs() as f64 } else { 1.0 }
     }
 
-    /// Rows `first..end`, all columns.
-    pub(crate) fn rows(&self, first: usize, end: usize) -> MatRef<'_, f32> {
-        self.sums.as_ref().subrows(first, end - first)
-    }
-
-    /// Rows and columns `first..end`, row-major, with `added` on the diagonal.
-    pub(crate) fn block(&self, first: usize, end: usize, added: f32) -> Vec<f32> {
-        let element =
-            |row: usize, column: usize| self.sums[(row, column)] + if row == column { added } else { 0.0 };
-        (first..end).flat_map(|row| (first..end).map(move |column| element(row, column))).collect()
-    }
-
     /// The upper triangular `U`, row-major `[inputs, inputs]`, with `U^T U = (H' + damping * mean * I)^-1`,
     /// where `H'` has the inputs in the given `order` and `mean` is [`Self::mean_diagonal`]. `None` when the damped matrix is not positive definite.
     ///

@@ -260,7 +260,7 @@ mod tests {
             assert!(text.contains(part), "no {part} in {text}");
         }
         assert!(!text.contains("calibration"), "rtn has none: {text}");
-        settings.method = Method::Gptq(GptqSettings { activation_order: true, refinement_sweeps: 4 });
+        settings.method = Method::Gptq(GptqSettings { activation_order: true });
         settings.group_size = GroupSize::Inputs(32);
         settings.symmetric = false;
         let advice = advice(&settings, Some(4096));

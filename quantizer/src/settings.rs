@@ -62,8 +62,6 @@ pub struct GptqSettings {
     /// Whether inputs are quantized in order of falling activation. Groups stay consecutive inputs, so that
     /// no permutation is needed at run time; their grids are then fixed before the first input.
     pub activation_order: bool,
-    /// How often each code and scale is set again to its best value while all others stay.
-    pub refinement_sweeps: usize,
 }
 
 impl Method {

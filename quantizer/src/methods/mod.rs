@@ -3,7 +3,6 @@
 pub(crate) mod awq;
 pub(crate) mod correction;
 pub(crate) mod gptq;
-pub(crate) mod refine;
 pub(crate) mod rtn;
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,6 @@ use proptest::prelude::*;
 
 use super::correction::{Drift, correct};
 use super::gptq::{self, InverseFactor};
-use super::refine::{Target, refine};
 use super::{Weights, assemble, rtn};
 use crate::grid::{Affine, Grid};
 use crate::hessian::{Hessian, HessianSum};
@@ -197,34 +196,6 @@ fn gptq_has_a_smaller_output_error_than_rounding_on_correlated_inputs() {
                 threads.run(|par| InverseFactor::new(&hessian, 0.01, activation_order, par)).unwrap();
             let found = error(threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par)));
             assert!(found < 0.5 * rounded, "{found} {rounded}"); // measured 0.1 to 0.2
-        }
-    }
-}
-
-#[test]
-fn refinement_lowers_the_output_error_in_every_sweep_and_stays_on_the_grid() {
-    let threads = Threads::new(2).unwrap();
-    // Several groups in a block, a partial last group, one group wider than a block.
-    for (inputs, group_size) in [(192, 32), (200, 48), (288, 144)] {
-        let outputs = 24;
-        let (values, weights) = (correlated_inputs(600, inputs, 3), random(outputs * inputs, 4));
-        let weights = Weights { out_features: outputs, in_features: inputs, values: &weights };
-        let hessian = hessian(&values, inputs, &threads);
-        let factor = threads.run(|par| InverseFactor::new(&hessian, 1e-4, true, par)).unwrap();
-        for symmetric in [false, true] {
-            let grid = Grid::new(4, symmetric, RangeSearch::MeanSquare);
-            let error = |sweeps: usize| {
-                let (mut codes, mut grids) =
-                    threads.run(|par| gptq::quantize(weights, grid, group_size, &factor, par));
-                let target = Target { weights, group_size, hessian: &hessian, damping: 1e-9 };
-                threads.run(|par| refine(target, sweeps, &mut codes, &mut grids, par));
-                assert!(grids.iter().all(|grid| half::f16::from_f32(grid.scale).to_f32() == grid.scale));
-                let matrix = assemble(weights, 4, group_size, codes, &grids).unwrap();
-                output_error(weights, &matrix.dequantize(), &values)
-            };
-            let errors = [0, 1, 2, 8].map(error);
-            assert!(errors.windows(2).all(|pair| pair[1] < pair[0]), "{errors:?}");
-            assert!(errors[3] < 0.95 * errors[0], "{errors:?}");
         }
     }
 }

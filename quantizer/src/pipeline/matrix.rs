@@ -9,7 +9,6 @@ use crate::grid::Grid;
 use crate::hessian::Hessian;
 use crate::methods::correction::{Drift, correct};
 use crate::methods::gptq::InverseFactor;
-use crate::methods::refine::{Target, refine};
 use crate::methods::{Weights, assemble, gptq, rtn};
 use crate::report::{MatrixReport, measure};
 use crate::settings::{Method, Settings};
@@ -85,11 +84,8 @@ pub(super) fn quantize_matrix(
     let group_size = module.group_size.inputs(inputs);
     let grid = Grid::new(module.bits, module.symmetric, settings.range);
     let (codes, grids) = threads.run(|par| match (statistics, settings.method.gptq()) {
-        (InputStatistics::Factored { hessian, factor, .. }, Some(gptq)) => {
-            let (mut codes, mut grids) = gptq::quantize(weights, grid, group_size, factor, par);
-            let target = Target { weights, group_size, hessian, damping: factor.damping };
-            refine(target, gptq.refinement_sweeps, &mut codes, &mut grids, par);
-            (codes, grids)
+        (InputStatistics::Factored { factor, .. }, Some(_)) => {
+            gptq::quantize(weights, grid, group_size, factor, par)
         }
         _ => {
             let importance = match statistics.hessian() {

@@ -118,7 +118,7 @@ fn settings(method: Method) -> Settings {
     }
 }
 
-const GPTQ: Method = Method::Gptq(GptqSettings { activation_order: true, refinement_sweeps: 2 });
+const GPTQ: Method = Method::Gptq(GptqSettings { activation_order: true });
 
 const OPTIONS: RunOptions =
     RunOptions { resume: false, journal_interval: Duration::ZERO, memory_limit: u64::MAX };
@@ -301,7 +301,7 @@ fn calibration_files_that_cannot_be_used_are_refused_by_name() {
 
 #[test]
 fn scales_of_inputs_change_nothing_but_the_rounding() {
-    let gptq = GptqSettings { activation_order: true, refinement_sweeps: 0 };
+    let gptq = GptqSettings { activation_order: true };
     // Loud channels in every place that scales are folded into, so that there is something to find.
     let loud = |name: &str, values: &mut [f32]| {
         let every = |values: &mut [f32], factor: f32| values.iter_mut().for_each(|value| *value *= factor);

@@ -37,7 +37,7 @@ pub(crate) fn report(layers: usize) -> Report {
 
 /// A run that failed its gate.
 pub(crate) fn run_report() -> RunReport {
-    let gptq = GptqSettings { activation_order: true, refinement_sweeps: 4 };
+    let gptq = GptqSettings { activation_order: true };
     RunReport {
         nibble_version: "1.2.3",
         model: "models/<b>x".to_owned(),

@@ -39,9 +39,6 @@ pub(crate) struct QuantizeArguments {
     #[arg(long, num_args = 0..=1, default_value_t = true, default_missing_value = "true", value_name = "BOOL")]
     #[arg(action = clap::ArgAction::Set)]
     pub(super) desc_act: bool,
-    /// How often each code and scale is set again to its best value while all others stay (gptq).
-    #[arg(long, value_name = "SWEEPS", default_value_t = 4)]
-    pub(super) refine: usize,
     /// How the range of a group is found: min-max clips nothing (default of rtn), mse has the least squared
     /// error (default of the others).
     #[arg(long, value_enum)]
@@ -63,7 +60,7 @@ pub(crate) struct QuantizeArguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     journal_interval: u64,
     /// Fraction of the mean Hessian diagonal added to the diagonal (all but rtn).
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = 0.05)]
     pub(super) damp: f64,
     /// Other settings for the linear layers whose names begin as a regular expression says:
     /// EXPRESSION=bits:8,group-size:32 or EXPRESSION=keep, which leaves them unquantized. The first that matches
@@ -161,7 +158,7 @@ fn parse_override(text: &str) -> Result<Override, String> {
 impl QuantizeArguments {
     /// What is asked for, not checked against a model.
     pub(super) fn settings(&self) -> Settings {
-        let gptq = GptqSettings { activation_order: self.desc_act, refinement_sweeps: self.refine };
+        let gptq = GptqSettings { activation_order: self.desc_act };
         Settings {
             method: match self.method {
                 MethodArgument::Rtn => Method::RoundToNearest,
