@@ -1,7 +1,7 @@
-//! RTN and GPTQ quantization to INT4, one decoder layer at a time.
+//! RTN, AWQ and GPTQ quantization to INT4, one decoder layer at a time.
 //!
-//! [`quantize`] reads a checkpoint, quantizes the linear layers of its decoder layers and writes a checkpoint
-//! in the GPTQ format. In memory are: one decoder layer, the Hessian of one input, and the calibration
+//! [`quantize`] reads a checkpoint, quantizes the linear layers of its decoder layers and writes a checkpoint in one
+//! of the formats of `nibble_model`. In memory are: one decoder layer, the Hessian of one input, and the calibration
 //! sequences' hidden states; never the model.
 #![forbid(unsafe_code)]
 
