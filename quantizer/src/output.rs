@@ -43,7 +43,7 @@ pub(crate) fn copy_tensors<'a>(
     Ok(())
 }
 
-/// Writes config.json with its `quantization_config`, for GPTQ also quantize_config.json, and copies the tokenizer's
+/// Writes config.json with its `quantization_config` and the intermediate size, which may be padded, for GPTQ also quantize_config.json, and copies the tokenizer's
 /// files.
 pub(crate) fn write_files(
     checkpoint: &Checkpoint,
@@ -56,6 +56,7 @@ pub(crate) fn write_files(
     let mut config: Map<String, Value> =
         serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(&path, error, help))?;
     let metadata = quantization.to_json();
+    config.insert("intermediate_size".to_owned(), checkpoint.config().intermediate_size.into());
     config.insert("quantization_config".to_owned(), metadata.clone());
     writer.file("config.json", pretty(&Value::Object(config)).as_bytes())?;
     if let QuantizationConfig::Gptq(_) = quantization {

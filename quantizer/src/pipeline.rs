@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
+use nibble_model::config::ModelConfig;
 use nibble_model::formats::{ModuleSettings, QuantizationConfig};
 use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, Spill, check_dense};
 
@@ -97,6 +98,8 @@ pub fn quantize<B: Backend>(
 ) -> Result<Report, QuantizeError> {
     settings.check(checkpoint.config())?;
     check_dense(checkpoint)?;
+    let checkpoint = &checkpoint.padded(settings.padded(checkpoint.config())?.intermediate_size);
+    warn_of_ranks(settings, checkpoint.config());
     if calibration.is_none() && settings.needs_calibration() {
         return Err(QuantizeError::Settings {
             name: "--calibration".to_owned(),
@@ -161,6 +164,14 @@ pub fn quantize<B: Backend>(
                 ..report
             })
         }
+    }
+}
+
+/// Warns of ranks that the padding is for and that the attention heads cannot be split over.
+fn warn_of_ranks(settings: &Settings, config: &ModelConfig) {
+    if let Some(ranks) = settings.pad_for_tensor_parallel.filter(|&ranks| config.heads % ranks != 0) {
+        let heads = config.heads;
+        tracing::warn!(%ranks, heads, "the ranks to pad for do not divide the attention heads of the model");
     }
 }
 

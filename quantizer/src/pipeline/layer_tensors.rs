@@ -164,21 +164,23 @@ impl<'a> LayerTensors<'a> {
         values: &[f32],
         writer: &mut CheckpointWriter,
     ) -> Result<(), CheckpointError> {
-        let name = role.spec(self.checkpoint.config(), self.index).weight_name();
-        let tensor = self.checkpoint.raw(&name)?;
-        writer.tensor(&name, tensor.dtype, tensor.shape, &bytes(values, tensor.dtype))
+        let spec = role.spec(self.checkpoint.config(), self.index);
+        let (name, shape) = (spec.weight_name(), [spec.out_features, spec.in_features]);
+        let dtype = self.checkpoint.raw(&name)?.dtype;
+        writer.tensor(&name, dtype, &shape, &bytes(values, dtype))
     }
 
     /// Writes every tensor but the weights of linear layers.
     pub(super) fn write(&self, writer: &mut CheckpointWriter) -> Result<(), CheckpointError> {
         let config = self.checkpoint.config();
-        let mut folded = Vec::new();
+        // Norms and biases that scales are folded into or that are padded; the others come out as they are.
+        let mut vectors = Vec::new();
         for input in LinearInput::ALL {
-            folded.extend(self.norm(input)?.map(|(norm, values)| (norm.name(self.index), values)));
+            vectors.extend(self.norm(input)?.map(|(norm, values)| (norm.name(self.index), values)));
         }
-        for role in [LinearRole::Value, LinearRole::Up] {
+        for role in [LinearRole::Value, LinearRole::Gate, LinearRole::Up] {
             let name = role.spec(config, self.index).bias_name();
-            folded.extend(self.bias(role)?.map(|values| (name, values)));
+            vectors.extend(self.bias(role)?.map(|values| (name, values)));
         }
         let weights = LinearRole::ALL.map(|role| role.spec(config, self.index).weight_name());
         let prefix = format!("{LAYERS}{}.", self.index);
@@ -186,9 +188,9 @@ impl<'a> LayerTensors<'a> {
             if weights.iter().any(|weight| weight == tensor.name) {
                 continue;
             }
-            match folded.iter().find(|(name, _)| name == tensor.name) {
+            match vectors.iter().find(|(name, _)| name == tensor.name) {
                 Some((name, values)) => {
-                    writer.tensor(name, tensor.dtype, tensor.shape, &bytes(values, tensor.dtype))?;
+                    writer.tensor(name, tensor.dtype, &[values.len()], &bytes(values, tensor.dtype))?;
                 }
                 None => writer.tensor(tensor.name, tensor.dtype, tensor.shape, tensor.data)?,
             }

@@ -222,6 +222,9 @@ impl Survey<'_> {
 fn expected_loss(weights: Weights<'_>, grid: Grid, group_size: usize, importance: &[f32]) -> f64 {
     let ones = vec![1.0; group_size];
     let of_group = |(weights, importance): (&[f32], &[f32])| {
+        if weights.iter().all(|&weight| weight == 0.0) {
+            return 0.0; // Rounded to themselves, whatever the step.
+        }
         let step = f64::from(grid.fit(weights, &ones[..weights.len()]).scale);
         step * step / 12.0 * importance.iter().map(|&value| f64::from(value)).sum::<f64>()
     };
