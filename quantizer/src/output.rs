@@ -3,6 +3,7 @@
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorInfo};
 use nibble_model::error::CheckpointError;
 use nibble_model::formats::QuantizationConfig;
+use nibble_model::forward::LinearSpec;
 use serde_json::{Map, Value};
 
 /// What the names of all decoder layers' tensors begin with; the layer's number follows.
@@ -24,12 +25,16 @@ const COPIED: [&str; 13] = [
     "NOTICE",
 ];
 
-/// Copies every tensor that is not part of a decoder layer.
+/// Copies every tensor that is not part of a decoder layer, nor the weight of the linear layer `but`.
 pub(crate) fn copy_shared_tensors(
     checkpoint: &Checkpoint,
+    but: Option<&LinearSpec>,
     writer: &mut CheckpointWriter,
 ) -> Result<(), CheckpointError> {
-    copy_tensors(checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(LAYERS)), writer)
+    let but = but.map(LinearSpec::weight_name);
+    let shared =
+        |tensor: &TensorInfo<'_>| !tensor.name.starts_with(LAYERS) && but.as_deref() != Some(tensor.name);
+    copy_tensors(checkpoint.tensors().filter(shared), writer)
 }
 
 /// Copies `tensors` as they are.

@@ -45,6 +45,8 @@ pub struct Settings {
     /// Bits for each weight, scales and zero points included, up to which the most sensitive linear layers get smaller
     /// groups or 8 bits.
     pub target_bits: Option<f64>,
+    /// Whether the output head is quantized too.
+    pub quantize_lm_head: bool,
     /// Ranks of tensor parallelism whose parts of the feed-forward layers are to be whole groups: the intermediate size
     /// is padded with zeros until they are.
     pub pad_for_tensor_parallel: Option<NonZeroUsize>,
@@ -130,15 +132,23 @@ impl Settings {
             let help = "quantize the original checkpoint";
             return refuse("the model", "quantized already".to_owned(), "an unquantized checkpoint", help);
         }
-        if let Some(unmatched) = Plan::unmatched(config, &self.overrides) {
+        if self.quantize_lm_head && config.tie_word_embeddings {
+            let expected = "a model with an lm_head of its own; this one's is its embedding table \
+                            (tie_word_embeddings), which is looked up row by row";
+            return refuse("--quantize-lm-head", "given".to_owned(), expected, "leave the option out");
+        }
+        let matches = |item: &Override, lm_head: bool| {
+            specs(config, lm_head).any(|spec| item.modules.matches(&spec.name))
+        };
+        if let Some(unmatched) = self.overrides.iter().find(|item| !matches(item, self.quantize_lm_head)) {
             let found =
                 format!("\"{}\", which no linear layer's name begins with", unmatched.modules.source());
-            return refuse(
-                "--override",
-                found,
-                "a name such as model.layers.0.mlp.down_proj",
-                "see nibble inspect",
-            );
+            let expected = "a name such as model.layers.0.mlp.down_proj";
+            let help = match matches(unmatched, true) {
+                true => "lm_head is only quantized with --quantize-lm-head",
+                false => "see nibble inspect",
+            };
+            return refuse("--override", found, expected, help);
         }
         let padded = self.padded(config)?;
         self.check_matrices(&padded).map_err(|error| self.with_padding_as_help(error, config))?;
@@ -160,14 +170,15 @@ impl Settings {
     /// Checks that every linear layer of a model of the shape `config` can be quantized so.
     fn check_matrices(&self, config: &ModelConfig) -> Result<(), QuantizeError> {
         let plan = self.plan(config);
-        for spec in specs(config) {
+        let specs = || specs(config, self.quantize_lm_head);
+        for spec in specs() {
             let Some(module) = plan.settings_of(&spec.name) else { continue };
             if !matches!(module.bits, 3 | 4 | 8) {
                 return refuse(&spec.name, format!("of {} bits", module.bits), "3, 4 or 8", "4 is usual");
             }
             let group_size = module.group_size.inputs(spec.in_features);
             if group_size == 0 || !spec.in_features.is_multiple_of(group_size) {
-                let fits = |size: &usize| specs(config).all(|spec| spec.in_features.is_multiple_of(*size));
+                let fits = |size: &usize| specs().all(|spec| spec.in_features.is_multiple_of(*size));
                 let sizes: Vec<_> =
                     USUAL_GROUP_SIZES.iter().filter(|size| fits(size)).map(usize::to_string).collect();
                 let help = match sizes.as_slice() {
@@ -234,7 +245,7 @@ impl Settings {
 
     /// The settings of every linear layer, before bits are spent on some.
     pub(crate) fn plan(&self, config: &ModelConfig) -> Plan {
-        Plan::new(config, self.module_settings(), &self.overrides)
+        Plan::new(config, self.module_settings(), &self.overrides, self.quantize_lm_head)
     }
 
     /// Whether Hessians are factored.
@@ -266,7 +277,7 @@ impl Settings {
         let plan = QuantizationPlan {
             settings: plan.default(),
             exceptions: plan.exceptions().clone(),
-            quantize_lm_head: false,
+            quantize_lm_head: plan.quantize_lm_head(),
             damp_percent: self.method.gptq().map(|_| self.damping),
             quantizer: concat!("nibble:", env!("CARGO_PKG_VERSION")).to_owned(),
         };

@@ -102,3 +102,26 @@ fn a_run_that_is_killed_again_and_again_writes_the_same_bytes() {
     let names = std::fs::read_dir(directory).expect("a directory").count();
     assert_eq!(names, 5, "model, text and three checkpoints, nothing else");
 }
+
+#[test]
+fn a_run_that_is_killed_at_its_output_head_writes_the_same_bytes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    write_inputs(directory);
+    let head =
+        ["--quantize-lm-head", "--override", "lm_head=bits:8", "--format", "compressed-tensors", "--resume"];
+    let whole = nibble::json(&quantize(directory, "whole", &head));
+    let last = whole["layers"].as_array().and_then(|layers| layers.last()).expect("matrices");
+    assert_eq!((&last["name"], &last["bits"]), (&json!("lm_head"), &json!(8)));
+
+    let journal = directory.join("killed.resume");
+    let resumed = quantize(directory, "killed", &head);
+    for place in ["states-00001", "layer-00002"] {
+        kill_at(&resumed, &journal.join(place));
+        assert!(!directory.join("killed").exists());
+    }
+    let report = nibble::json(&resumed);
+    assert_eq!(report["resumed_layers"], 2);
+    assert_eq!(report["layers"], whole["layers"]);
+    assert!(files(&directory.join("killed")) == files(&directory.join("whole")));
+}

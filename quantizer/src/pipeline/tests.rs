@@ -1,5 +1,6 @@
 //! Whole small models of every architecture through the quantizer.
 
+mod output_head;
 mod padding;
 
 use std::collections::BTreeMap;
@@ -8,7 +9,8 @@ use std::path::{Path, PathBuf};
 use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::formats::{Format, GptqVersion, GroupSize, ModuleExpression};
-use nibble_model::forward::{Batch, LinearSpec, Model};
+use nibble_model::forward::{Batch, Model};
+use nibble_model::self_test::Checksum;
 use safetensors::Dtype;
 
 use super::*;
@@ -17,7 +19,7 @@ use crate::plan::{Change, Override, specs, stored_bits};
 use crate::report::UnitSensitivity;
 use crate::settings::{GptqSettings, Method, RangeSearch};
 
-const VOCABULARY: usize = 90;
+const VOCABULARY: usize = 96;
 const HIDDEN: usize = 128;
 const INTERMEDIATE: usize = 256;
 const CLASSES: [&str; 4] = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
@@ -121,6 +123,7 @@ fn settings(method: Method) -> Settings {
         damping: 0.01,
         overrides: Vec::new(),
         target_bits: None,
+        quantize_lm_head: false,
         pad_for_tensor_parallel: None,
         bits: 4,
         group_size: GroupSize::Inputs(32),
@@ -390,7 +393,7 @@ fn bits_go_where_they_matter_and_overrides_are_kept() {
         let report = run(&checkpoint, &out, &spent, Some(&calibration)).unwrap();
         assert!(report.bits_per_weight > 4.8 && report.bits_per_weight <= 5.0, "{}", report.bits_per_weight);
         let written = Checkpoint::open(&out).unwrap();
-        for spec in specs(checkpoint.config()) {
+        for spec in specs(checkpoint.config(), false) {
             let unit =
                 report.sensitivities.iter().find(|unit| unit.linear_layers.contains(&spec.name)).unwrap();
             let matrix = read(&written, &spec);
