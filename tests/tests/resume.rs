@@ -48,9 +48,12 @@ fn quantize(directory: &Path, out: &str, more: &[&str]) -> Vec<OsString> {
     arguments
 }
 
+/// The files of a checkpoint but for those that say when and by which command it was written.
 fn files(directory: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    const OF_THE_RUN: [&str; 3] = ["nibble_report.json", "nibble_report.html", "README.md"];
     let entries = std::fs::read_dir(directory).expect("a directory").map(|entry| entry.expect("an entry"));
-    entries.map(|entry| (entry.file_name(), std::fs::read(entry.path()).expect("a file"))).collect()
+    let files = entries.filter(|entry| !OF_THE_RUN.iter().any(|name| entry.file_name() == *name));
+    files.map(|entry| (entry.file_name(), std::fs::read(entry.path()).expect("a file"))).collect()
 }
 
 /// Starts `nibble` and kills it as soon as `path` is there.
