@@ -9,6 +9,8 @@
 //! states-00007/  the calibration states behind layer 7
 //! ```
 //!
+//! The output head, where it is quantized, is one more layer behind the last.
+//!
 //! Every directory is written beside, flushed and renamed, so it is there completely or not at all. Layers are
 //! finished up to the newest states; what lies beyond is removed and done again. States are written when some time
 //! has passed since the last ones: a run that is killed loses that time and the layer it was at. Because states

@@ -3,6 +3,7 @@
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorInfo};
 use nibble_model::error::CheckpointError;
 use nibble_model::formats::QuantizationConfig;
+use nibble_model::forward::LinearSpec;
 use serde_json::{Map, Value};
 
 /// What the names of all decoder layers' tensors begin with; the layer's number follows.
@@ -24,12 +25,16 @@ const COPIED: [&str; 13] = [
     "NOTICE",
 ];
 
-/// Copies every tensor that is not part of a decoder layer.
+/// Copies every tensor that is not part of a decoder layer, nor the weight of the linear layer `but`.
 pub(crate) fn copy_shared_tensors(
     checkpoint: &Checkpoint,
+    but: Option<&LinearSpec>,
     writer: &mut CheckpointWriter,
 ) -> Result<(), CheckpointError> {
-    copy_tensors(checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(LAYERS)), writer)
+    let but = but.map(LinearSpec::weight_name);
+    let shared =
+        |tensor: &TensorInfo<'_>| !tensor.name.starts_with(LAYERS) && but.as_deref() != Some(tensor.name);
+    copy_tensors(checkpoint.tensors().filter(shared), writer)
 }
 
 /// Copies `tensors` as they are.
@@ -43,7 +48,7 @@ pub(crate) fn copy_tensors<'a>(
     Ok(())
 }
 
-/// Writes config.json with its `quantization_config`, for GPTQ also quantize_config.json, and copies the tokenizer's
+/// Writes config.json with its `quantization_config` and the intermediate size, which may be padded, for GPTQ also quantize_config.json, and copies the tokenizer's
 /// files.
 pub(crate) fn write_files(
     checkpoint: &Checkpoint,
@@ -56,6 +61,7 @@ pub(crate) fn write_files(
     let mut config: Map<String, Value> =
         serde_json::from_slice(&text).map_err(|error| CheckpointError::malformed(&path, error, help))?;
     let metadata = quantization.to_json();
+    config.insert("intermediate_size".to_owned(), checkpoint.config().intermediate_size.into());
     config.insert("quantization_config".to_owned(), metadata.clone());
     writer.file("config.json", pretty(&Value::Object(config)).as_bytes())?;
     if let QuantizationConfig::Gptq(_) = quantization {

@@ -8,6 +8,7 @@
 //!         run the layer up to there, with what is quantized already     -> Hessian of the input
 //!         quantize the linear layers that multiply it, write them, put them into the layer
 //!     hidden = the quantized layer's output
+//! where the output head is to be quantized: the same with it, for the normed hidden states
 //! ```
 //!
 //! Every matrix is quantized for the inputs it will get, those of the quantized layers before it. Held in memory:
@@ -27,10 +28,11 @@ use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
+use nibble_model::config::ModelConfig;
 use nibble_model::formats::{ModuleSettings, QuantizationConfig};
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, Spill, check_dense};
+use nibble_model::forward::{DecoderLayer, FinalNorm, Linear, LinearRole, LinearSpec, Spill, check_dense};
 
-use self::layer_tensors::LayerTensors;
+use self::layer_tensors::{LayerTensors, finite_weight};
 use self::matrix::{InputStatistics, quantize_matrix};
 use self::sensitivity::Survey;
 use self::streams::{LayerPair, LinearInput, Streams};
@@ -97,6 +99,8 @@ pub fn quantize<B: Backend>(
 ) -> Result<Report, QuantizeError> {
     settings.check(checkpoint.config())?;
     check_dense(checkpoint)?;
+    let checkpoint = &checkpoint.padded(settings.padded(checkpoint.config())?.intermediate_size);
+    warn_of_ranks(settings, checkpoint.config());
     if calibration.is_none() && settings.needs_calibration() {
         return Err(QuantizeError::Settings {
             name: "--calibration".to_owned(),
@@ -140,7 +144,7 @@ pub fn quantize<B: Backend>(
     };
     let quantization = settings.quantization_config(&plan)?;
     let run = Run { checkpoint, settings, plan, quantization, threads };
-    let resumed_layers = journal.finished();
+    let resumed_layers = journal.finished().min(checkpoint.config().layers);
     let result = run.layers(&mut journal, streams, progress).and_then(|()| run.write(&journal, out));
     match result {
         Err(error) if journal.finished() > 0 => {
@@ -164,6 +168,14 @@ pub fn quantize<B: Backend>(
     }
 }
 
+/// Warns of ranks that the padding is for and that the attention heads cannot be split over.
+fn warn_of_ranks(settings: &Settings, config: &ModelConfig) {
+    if let Some(ranks) = settings.pad_for_tensor_parallel.filter(|&ranks| config.heads % ranks != 0) {
+        let heads = config.heads;
+        tracing::warn!(%ranks, heads, "the ranks to pad for do not divide the attention heads of the model");
+    }
+}
+
 /// What a run has from its beginning to its end.
 struct Run<'a> {
     checkpoint: &'a Checkpoint,
@@ -174,7 +186,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Quantizes every layer that `journal` does not hold yet.
+    /// What the journal holds in the end: the decoder layers, and the output head behind them where it is quantized.
+    fn parts(&self) -> usize {
+        self.checkpoint.config().layers + usize::from(self.plan.quantize_lm_head())
+    }
+
+    /// Quantizes every part that `journal` does not hold yet.
     fn layers<B: Backend>(
         &self,
         journal: &mut Journal,
@@ -182,25 +199,31 @@ impl Run<'_> {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), QuantizeError> {
         let config = self.checkpoint.config();
-        let layers = config.layers;
+        let (layers, parts) = (config.layers, self.parts());
+        let specs = || specs(config, self.plan.quantize_lm_head());
         let is_quantized = |spec: &LinearSpec| self.plan.settings_of(&spec.name).is_some();
-        let matrices = specs(config).filter(is_quantized).count();
+        let matrices = specs().filter(is_quantized).count();
         let before = LinearRole::ALL.len() * journal.finished();
-        let mut matrices_done = specs(config).take(before).filter(is_quantized).count();
-        for index in journal.finished()..layers {
+        let mut matrices_done = specs().take(before).filter(is_quantized).count();
+        for index in journal.finished()..parts {
             let mut writer = journal.layer_writer(index)?;
             let mut reports: Vec<MatrixReport> = Vec::with_capacity(LinearRole::ALL.len());
-            self.layer(index, streams.as_mut(), &mut writer, &mut |report| {
+            let mut done = |report| {
                 reports.push(report);
                 matrices_done += 1;
                 let matrix = &reports[reports.len() - 1];
                 progress(Progress::Quantized { matrices_done, matrices, matrix });
-            })?;
+            };
+            if index < layers {
+                self.layer(index, streams.as_mut(), &mut writer, &mut done)?;
+            } else {
+                self.output_head(streams.as_mut(), &mut writer, &mut done)?;
+            }
             let due = journal.finish_layer(writer, &reports)?;
-            if due || index + 1 == layers {
+            if due || index + 1 == parts {
                 journal.save_states(index, |writer| match &streams {
-                    // Behind the last layer nothing is left to do with them.
-                    Some(streams) if index + 1 < layers => streams.save(writer),
+                    // Behind the last part nothing is left to do with them.
+                    Some(streams) if index + 1 < parts => streams.save(writer),
                     _ => Ok(()),
                 })?;
             }
@@ -249,6 +272,12 @@ impl Run<'_> {
                 let weights = tensors.weight(role)?;
                 let Some(module) = plan.settings_of(&spec.name) else {
                     tensors.write_weight(role, &weights, writer)?;
+                    if let (true, Some(streams), Some(layer)) =
+                        (settings.method.scales_inputs(), &streams, &mut layer)
+                    {
+                        // The norm before it is divided by scales that only these weights have.
+                        layer.quantized.replace(role, tensors.linear(streams.backend(), role, weights)?);
+                    }
                     continue;
                 };
                 let (matrix, report) =
@@ -266,6 +295,34 @@ impl Run<'_> {
             (Some(streams), Some(layer)) => streams.finish_layer(layer),
             _ => Ok(()),
         }
+    }
+
+    /// Quantizes the output head, whose inputs are not scaled, and writes it; `streams` are behind the last layer.
+    fn output_head<B: Backend>(
+        &self,
+        streams: Option<&mut Streams<B>>,
+        writer: &mut CheckpointWriter,
+        done: &mut dyn FnMut(MatrixReport),
+    ) -> Result<(), QuantizeError> {
+        let Self { checkpoint, settings, plan, quantization, threads } = self;
+        let spec = LinearSpec::output_head(checkpoint.config());
+        let Some(module) = plan.settings_of(&spec.name) else {
+            let kept = checkpoint.raw(&spec.weight_name())?;
+            return Ok(output::copy_tensors([kept].into_iter(), writer)?);
+        };
+        let statistics = match streams {
+            Some(streams) => {
+                let norm = FinalNorm::load(streams.backend(), checkpoint)?;
+                let (hessian, drift) = streams.output_head_statistics(&norm, threads)?;
+                InputStatistics::new(hessian, drift, settings, &spec.name, threads)?
+            }
+            None => InputStatistics::Unknown,
+        };
+        let weights = finite_weight(checkpoint, &spec)?;
+        let (matrix, report) = quantize_matrix(weights, &spec, module, settings, &statistics, threads)?;
+        quantization.write_linear(writer, &spec.name, &matrix)?;
+        done(report);
+        Ok(())
     }
 
     /// Finds scales for the inputs of `layer`, which is not quantized yet, and folds them into it and `tensors`.
@@ -310,9 +367,10 @@ impl Run<'_> {
         let config = self.checkpoint.config();
         let mut writer = CheckpointWriter::create_within(journal.directory(), out, DEFAULT_SHARD_BYTES)?;
         output::write_files(self.checkpoint, &mut writer, &self.quantization)?;
-        output::copy_shared_tensors(self.checkpoint, &mut writer)?;
+        let head = self.plan.quantize_lm_head().then(|| LinearSpec::output_head(config));
+        output::copy_shared_tensors(self.checkpoint, head.as_ref(), &mut writer)?;
         let mut layers = Vec::with_capacity(config.layers * LinearRole::ALL.len());
-        for index in 0..config.layers {
+        for index in 0..self.parts() {
             output::copy_tensors(journal.layer(index)?.tensors(), &mut writer)?;
             layers.extend(journal.reports(index)?);
         }

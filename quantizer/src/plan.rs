@@ -36,15 +36,21 @@ pub enum Change {
 /// The settings of every linear layer.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Plan {
+    quantize_lm_head: bool,
     default: ModuleSettings,
     exceptions: BTreeMap<String, Option<ModuleSettings>>,
 }
 
 impl Plan {
     /// `default`, and what `overrides` say otherwise; the first that matches a linear layer decides.
-    pub(crate) fn new(config: &ModelConfig, default: ModuleSettings, overrides: &[Override]) -> Self {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        default: ModuleSettings,
+        overrides: &[Override],
+        quantize_lm_head: bool,
+    ) -> Self {
         let mut exceptions = BTreeMap::new();
-        for spec in specs(config) {
+        for spec in specs(config, quantize_lm_head) {
             if let Some(found) = overrides.iter().find(|item| item.modules.matches(&spec.name)) {
                 let settings = match found.change {
                     Change::Keep => None,
@@ -57,7 +63,7 @@ impl Plan {
                 exceptions.insert(spec.name, settings);
             }
         }
-        Self { default, exceptions }
+        Self { quantize_lm_head, default, exceptions }
     }
 
     /// Gives the linear layers that `sensitivities` spend bits on those bits.
@@ -71,7 +77,12 @@ impl Plan {
         }
     }
 
-    /// How the linear layer `name` is quantized, if it is.
+    /// Whether the output head is one of the linear layers.
+    pub(crate) fn quantize_lm_head(&self) -> bool {
+        self.quantize_lm_head
+    }
+
+    /// How the linear layer `name`, one of [`specs`], is quantized, if it is.
     pub(crate) fn settings_of(&self, name: &str) -> Option<ModuleSettings> {
         self.exceptions.get(name).copied().unwrap_or(Some(self.default))
     }
@@ -81,15 +92,10 @@ impl Plan {
         self.exceptions.contains_key(name)
     }
 
-    /// Whether an override matched nothing: `overrides` that no linear layer of `config` begins with.
-    pub(crate) fn unmatched<'a>(config: &ModelConfig, overrides: &'a [Override]) -> Option<&'a Override> {
-        overrides.iter().find(|item| !specs(config).any(|spec| item.modules.matches(&spec.name)))
-    }
-
     /// Bits stored for each weight that is quantized, scales and zero points included.
     pub(crate) fn bits_per_weight(&self, config: &ModelConfig) -> f64 {
         let (mut bits, mut weights) = (0.0, 0.0);
-        for spec in specs(config) {
+        for spec in specs(config, self.quantize_lm_head) {
             if let Some(settings) = self.settings_of(&spec.name) {
                 let of_matrix = (spec.out_features * spec.in_features) as f64;
                 bits += of_matrix * stored_bits(settings.bits, settings.group_size, spec.in_features);
@@ -110,9 +116,11 @@ impl Plan {
     }
 }
 
-/// The linear layers of all decoder layers, in the order of the model.
-pub(crate) fn specs(config: &ModelConfig) -> impl Iterator<Item = LinearSpec> {
-    (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)))
+/// The linear layers of all decoder layers, in the order of the model, and behind them the output head where it is to be
+/// quantized.
+pub(crate) fn specs(config: &ModelConfig, quantize_lm_head: bool) -> impl Iterator<Item = LinearSpec> {
+    let layers = (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)));
+    layers.chain(quantize_lm_head.then(|| LinearSpec::output_head(config)))
 }
 
 /// Bits stored for each weight of a matrix with `inputs` inputs: its code, and its part of an F16 scale and a zero point.

@@ -242,6 +242,8 @@ mod tests {
             damping: 0.01,
             overrides: Vec::new(),
             target_bits: None,
+            quantize_lm_head: false,
+            pad_for_tensor_parallel: None,
             bits: 4,
             group_size: GroupSize::Inputs(128),
             symmetric: true,

@@ -21,6 +21,8 @@ fn quantized(model: &TinyModel, parent: &Path, format: Format) -> (PathBuf, Repo
         damping: 0.01,
         overrides: Vec::new(),
         target_bits: None,
+        quantize_lm_head: false,
+        pad_for_tensor_parallel: None,
         bits: 4,
         group_size: GroupSize::Inputs(16),
         symmetric: false,

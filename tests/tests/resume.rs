@@ -48,9 +48,12 @@ fn quantize(directory: &Path, out: &str, more: &[&str]) -> Vec<OsString> {
     arguments
 }
 
+/// The files of a checkpoint but for those that say when and by which command it was written.
 fn files(directory: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    const OF_THE_RUN: [&str; 3] = ["nibble_report.json", "nibble_report.html", "README.md"];
     let entries = std::fs::read_dir(directory).expect("a directory").map(|entry| entry.expect("an entry"));
-    entries.map(|entry| (entry.file_name(), std::fs::read(entry.path()).expect("a file"))).collect()
+    let files = entries.filter(|entry| !OF_THE_RUN.iter().any(|name| entry.file_name() == *name));
+    files.map(|entry| (entry.file_name(), std::fs::read(entry.path()).expect("a file"))).collect()
 }
 
 /// Starts `nibble` and kills it as soon as `path` is there.
@@ -101,4 +104,27 @@ fn a_run_that_is_killed_again_and_again_writes_the_same_bytes() {
     assert!(files(&directory.join("spilled")) == files(&directory.join("whole")));
     let names = std::fs::read_dir(directory).expect("a directory").count();
     assert_eq!(names, 5, "model, text and three checkpoints, nothing else");
+}
+
+#[test]
+fn a_run_that_is_killed_at_its_output_head_writes_the_same_bytes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    write_inputs(directory);
+    let head =
+        ["--quantize-lm-head", "--override", "lm_head=bits:8", "--format", "compressed-tensors", "--resume"];
+    let whole = nibble::json(&quantize(directory, "whole", &head));
+    let last = whole["layers"].as_array().and_then(|layers| layers.last()).expect("matrices");
+    assert_eq!((&last["name"], &last["bits"]), (&json!("lm_head"), &json!(8)));
+
+    let journal = directory.join("killed.resume");
+    let resumed = quantize(directory, "killed", &head);
+    for place in ["states-00001", "layer-00002"] {
+        kill_at(&resumed, &journal.join(place));
+        assert!(!directory.join("killed").exists());
+    }
+    let report = nibble::json(&resumed);
+    assert_eq!(report["resumed_layers"], 2);
+    assert_eq!(report["layers"], whole["layers"]);
+    assert!(files(&directory.join("killed")) == files(&directory.join("whole")));
 }

@@ -3,6 +3,7 @@
 //! Tensors are read when they are asked for; dense ones are borrowed from the map where their bytes are
 //! aligned. A truncated file, a wrong element type or shape and a missing tensor are one clear error each.
 
+mod padding;
 mod replace_file;
 mod shard;
 mod tensor_files;
@@ -10,6 +11,7 @@ mod writer;
 
 use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -29,7 +31,9 @@ pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// An open model directory.
 pub struct Checkpoint {
     config: ModelConfig,
-    files: TensorFiles,
+    /// That of the files; `config` may have a larger one.
+    intermediate_size: usize,
+    files: Arc<TensorFiles>,
 }
 
 /// A tensor as the file holds it.
@@ -63,7 +67,20 @@ impl Checkpoint {
     /// Names the file and field that is missing, damaged or not supported.
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
         let config = ModelConfig::from_file(&directory.join("config.json"))?;
-        Ok(Self { config, files: TensorFiles::open(directory)? })
+        let files = Arc::new(TensorFiles::open(directory)?);
+        Ok(Self { intermediate_size: config.intermediate_size, config, files })
+    }
+
+    /// A view of the same files with feed-forward layers of at least `intermediate_size`: dense matrices and vectors are
+    /// read with zeros where they are shorter, which changes nothing that the model computes. [`Self::raw`] and
+    /// [`Self::tensors`] give what the files hold. Quantized layers are not padded.
+    pub fn padded(&self, intermediate_size: usize) -> Self {
+        let intermediate_size = intermediate_size.max(self.intermediate_size);
+        Self {
+            config: ModelConfig { intermediate_size, ..self.config.clone() },
+            intermediate_size: self.intermediate_size,
+            files: Arc::clone(&self.files),
+        }
     }
 
     /// The model's shape.
@@ -164,14 +181,20 @@ impl Checkpoint {
     fn floats(&self, name: &str, shape: &[usize]) -> Result<DenseValues<'_>, CheckpointError> {
         let tensor = self.raw(name)?;
         let help = "the checkpoint does not fit its config.json";
-        if tensor.shape != shape {
-            let (found, expected) = (format!("of shape {:?}", tensor.shape), format!("{shape:?}"));
+        let mut stored = shape.to_vec();
+        if self.config.intermediate_size != self.intermediate_size
+            && let Some(axis) = padding::intermediate_axis(name)
+        {
+            stored[axis] = self.intermediate_size;
+        }
+        if tensor.shape != stored {
+            let (found, expected) = (format!("of shape {:?}", tensor.shape), format!("{stored:?}"));
             return Err(CheckpointError::tensor(tensor.file, name, found, expected, help));
         }
         match tensor.dtype {
-            Dtype::F32 => Ok(DenseValues::F32(elements(tensor.data))),
-            Dtype::F16 => Ok(DenseValues::F16(elements::<f16>(tensor.data))),
-            Dtype::BF16 => Ok(DenseValues::BF16(elements::<bf16>(tensor.data))),
+            Dtype::F32 => Ok(DenseValues::F32(elements(tensor, shape))),
+            Dtype::F16 => Ok(DenseValues::F16(elements::<f16>(tensor, shape))),
+            Dtype::BF16 => Ok(DenseValues::BF16(elements::<bf16>(tensor, shape))),
             other => {
                 let found = format!("of element type {other:?}");
                 Err(CheckpointError::tensor(tensor.file, name, found, "F32, F16 or BF16", help))
@@ -180,10 +203,17 @@ impl Checkpoint {
     }
 }
 
-/// Bytes of a map as elements: borrowed when aligned, else copied.
-fn elements<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
-    match bytemuck::try_cast_slice(bytes) {
+/// The elements of `tensor`, padded to `shape`: borrowed when they are neither padded nor unaligned, else copied.
+fn elements<'a, T: Pod>(tensor: TensorInfo<'a>, shape: &[usize]) -> Cow<'a, [T]> {
+    let elements = match bytemuck::try_cast_slice(tensor.data) {
         Ok(elements) => Cow::Borrowed(elements),
-        Err(_) => Cow::Owned(bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()),
+        Err(_) => {
+            let elements = tensor.data.chunks_exact(size_of::<T>());
+            Cow::Owned(elements.map(bytemuck::pod_read_unaligned).collect())
+        }
+    };
+    if tensor.shape == shape {
+        return elements;
     }
+    Cow::Owned(padding::padded(&elements, tensor.shape, shape))
 }

@@ -391,7 +391,7 @@ impl<B: Backend> DecoderLayer<B> {
 }
 
 /// `residual += addend` where `add` says so, then `normed = rms_norm(residual)`.
-fn hidden_norm<B: Backend>(
+pub(super) fn hidden_norm<B: Backend>(
     context: &LayerContext<'_, B>,
     activations: &mut Activations<B>,
     weight: &B::Buffer,

@@ -18,7 +18,8 @@ use nibble_kernels::backend::Backend;
 
 use super::ModelError;
 use super::batch::{BLOCK_SIZE, Batch};
-use super::decoder_layer::{Activations, DecoderLayer, LayerCache, LayerContext};
+use super::decoder_layer::{Activations, DecoderLayer, LayerCache, LayerContext, hidden_norm};
+use super::output_stage::FinalNorm;
 use super::rotary::RotaryTables;
 use super::step::{BatchLimits, Step};
 use crate::config::ModelConfig;
@@ -207,6 +208,23 @@ impl<B: Backend> LayerRunner<B> {
             &mut self.activations,
         )?;
         self.add(hidden)
+    }
+
+    /// Copies what the output head multiplies to `input`, `[tokens, hidden_size]`, for a sequence whose residual stream
+    /// behind the last layer is `hidden`.
+    ///
+    /// # Errors
+    /// When the sequence is longer than this runner was made for, or a buffer has another length.
+    pub fn output_head_input(
+        &mut self,
+        norm: &FinalNorm<B>,
+        hidden: &[f32],
+        input: &mut [f32],
+    ) -> Result<(), ModelError> {
+        self.start(hidden)?;
+        let context = context(&self.backend, &self.config, &self.rotary, &self.step);
+        hidden_norm(&context, &mut self.activations, &norm.weight, false)?;
+        Ok(self.backend.read(&self.activations.normed, 0..hidden.len(), input)?)
     }
 
     fn gate(&mut self, layer: &DecoderLayer<B>, hidden: &[f32]) -> Result<usize, ModelError> {

@@ -5,6 +5,7 @@ use nibble_kernels::ops::{dense_matmul, w4a16_matmul};
 use nibble_kernels::{KernelError, tensor::DenseMatrix};
 
 use crate::checkpoint::{Checkpoint, LinearWeight};
+use crate::config::ModelConfig;
 use crate::forward::ModelError;
 
 /// `output = input * weight^T + bias`.
@@ -32,6 +33,16 @@ pub struct LinearSpec {
 }
 
 impl LinearSpec {
+    /// The output head of a model that has one of its own.
+    pub fn output_head(config: &ModelConfig) -> Self {
+        Self {
+            name: "lm_head".to_owned(),
+            out_features: config.vocabulary_size,
+            in_features: config.hidden_size,
+            bias: false,
+        }
+    }
+
     /// The name of its weight while it is not quantized.
     pub fn weight_name(&self) -> String {
         format!("{}.weight", self.name)

@@ -10,7 +10,7 @@ use nibble_kernels::ops::{gather_rows, rms_norm};
 
 use super::ModelError;
 use super::batch::Logits;
-use super::linear::{Linear, upload};
+use super::linear::{Linear, LinearSpec, upload};
 use super::streamed::EMBEDDING;
 use crate::checkpoint::Checkpoint;
 
@@ -19,7 +19,7 @@ const LOGIT_ROWS: usize = 64;
 
 /// The final norm, and buffers for up to [`LOGIT_ROWS`] rows.
 pub(crate) struct OutputStage<B: Backend> {
-    final_norm: B::Buffer,
+    final_norm: FinalNorm<B>,
     residual: B::Buffer,
     addend: B::Buffer,
     normed: B::Buffer,
@@ -28,6 +28,22 @@ pub(crate) struct OutputStage<B: Backend> {
     hidden: usize,
     vocabulary: usize,
     epsilon: f32,
+}
+
+/// The weight of the norm between the last decoder layer and the output head.
+pub struct FinalNorm<B: Backend> {
+    pub(super) weight: B::Buffer,
+}
+
+impl<B: Backend> FinalNorm<B> {
+    /// Reads it from `checkpoint`.
+    ///
+    /// # Errors
+    /// When it is missing or malformed.
+    pub fn load(backend: &B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let weight = checkpoint.vector("model.norm.weight", checkpoint.config().hidden_size)?;
+        Ok(Self { weight: upload(backend, &weight)? })
+    }
 }
 
 /// Final norm and output head of a model whose decoder layers are not in memory.
@@ -77,8 +93,7 @@ pub(crate) fn load_output_head<B: Backend>(
         let table = checkpoint.dense(EMBEDDING, vocabulary, hidden)?;
         return Ok(Linear::pack_dense(backend, "lm_head", &table)?);
     }
-    let head = checkpoint.linear("lm_head", vocabulary, hidden)?;
-    Ok(Linear::pack(backend, "lm_head", &head, None)?)
+    Linear::load(backend, checkpoint, &LinearSpec::output_head(config))
 }
 
 impl<B: Backend> OutputStage<B> {
@@ -90,7 +105,7 @@ impl<B: Backend> OutputStage<B> {
         let config = checkpoint.config();
         let (hidden, vocabulary) = (config.hidden_size, config.vocabulary_size);
         Ok(Self {
-            final_norm: upload(backend, &checkpoint.vector("model.norm.weight", hidden)?)?,
+            final_norm: FinalNorm::load(backend, checkpoint)?,
             residual: backend.buffer(LOGIT_ROWS * hidden),
             addend: backend.buffer(LOGIT_ROWS * hidden),
             normed: backend.buffer(LOGIT_ROWS * hidden),
@@ -161,7 +176,7 @@ impl<B: Backend> OutputStage<B> {
         backend.rms_norm(rms_norm::Args {
             residual: &mut self.residual,
             addend: add.then_some(&self.addend),
-            weight: &self.final_norm,
+            weight: &self.final_norm.weight,
             output: &mut self.normed,
             rows,
             width: self.hidden,

@@ -21,7 +21,7 @@ pub use self::checksum::Checksum;
 use crate::checkpoint::{Checkpoint, LinearWeight, replace_file};
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
-use crate::forward::{BLOCK_SIZE, Batch, LinearRole, Model, ModelError, streamed_logits};
+use crate::forward::{BLOCK_SIZE, Batch, LinearRole, LinearSpec, Model, ModelError, streamed_logits};
 
 /// The name of the file in a checkpoint directory.
 pub const SELF_TEST_FILE: &str = "nibble_self_test.json";
@@ -211,18 +211,12 @@ fn prompt(config: &ModelConfig) -> Vec<u32> {
 /// The checksum of every quantized linear layer, and of every tensor that is not part of one.
 fn checksums(checkpoint: &Checkpoint) -> Result<BTreeMap<String, Checksum>, CheckpointError> {
     let config = checkpoint.config();
-    let layers = (0..config.layers).flat_map(|layer| {
-        LinearRole::ALL.map(|role| {
-            let spec = role.spec(config, layer);
-            (spec.name, spec.out_features, spec.in_features)
-        })
-    });
-    let head = ("lm_head".to_owned(), config.vocabulary_size, config.hidden_size);
-    let head = (!config.tie_word_embeddings).then_some(head);
+    let layers = (0..config.layers).flat_map(|layer| LinearRole::ALL.map(|role| role.spec(config, layer)));
+    let head = (!config.tie_word_embeddings).then(|| LinearSpec::output_head(config));
     let parts = config.quantization.as_ref().map_or(&[][..], |quantization| quantization.parts());
     let mut checksums = BTreeMap::new();
     let mut parts_of_layers = HashSet::new();
-    for (name, out_features, in_features) in layers.chain(head) {
+    for LinearSpec { name, out_features, in_features, .. } in layers.chain(head) {
         if let LinearWeight::Quantized(matrix) = checkpoint.linear(&name, out_features, in_features)? {
             parts_of_layers.extend(parts.iter().map(|part| format!("{name}.{part}")));
             checksums.insert(name, Checksum::of(&matrix));

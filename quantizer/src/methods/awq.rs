@@ -112,8 +112,9 @@ fn scales(activations: &[f32], weights: &[f32], activation_power: f32, weight_po
         if scale.is_finite() { scale.max(SMALLEST_SCALE) } else { 1.0 }
     };
     let mut scales: Vec<f32> = activations.iter().zip(weights).map(scale).collect();
-    let smallest = scales.iter().copied().fold(f32::INFINITY, f32::min);
-    let largest = scales.iter().copied().fold(0.0, f32::max);
+    // Inputs that are always 0, such as padding, would move the middle away from all others.
+    let seen = || scales.iter().zip(activations).filter(|&(_, &size)| size > 0.0).map(|(&scale, _)| scale);
+    let (smallest, largest) = (seen().fold(f32::INFINITY, f32::min), seen().fold(0.0, f32::max));
     let middle = (smallest * largest).sqrt();
     if middle > 0.0 && middle.is_finite() {
         scales.iter_mut().for_each(|scale| *scale /= middle);

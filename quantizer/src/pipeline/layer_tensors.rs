@@ -17,7 +17,7 @@ use nibble_kernels::backend::Backend;
 use nibble_kernels::tensor::{DenseMatrix, DenseValues};
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, LinearWeight};
 use nibble_model::error::CheckpointError;
-use nibble_model::forward::{DecoderLayer, Linear, LinearRole, NormRole};
+use nibble_model::forward::{DecoderLayer, Linear, LinearRole, LinearSpec, NormRole};
 use safetensors::Dtype;
 
 use super::streams::LinearInput;
@@ -58,17 +58,8 @@ impl<'a> LayerTensors<'a> {
     /// The weight of a linear layer, `[out_features, in_features]`, all finite.
     pub(super) fn weight(&self, role: LinearRole) -> Result<Vec<f32>, QuantizeError> {
         let spec = role.spec(self.checkpoint.config(), self.index);
-        let (outputs, inputs) = (spec.out_features, spec.in_features);
-        let mut values = self.checkpoint.dense(&spec.weight_name(), outputs, inputs)?.to_f32();
-        if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-            let (output, input) = (position / inputs, position % inputs);
-            return Err(QuantizeError::NotFinite {
-                name: spec.name,
-                what: "the weights",
-                found: format!("hold {} at output {output}, input {input}", values[position]),
-                help: "the checkpoint is damaged; fetch or import it again",
-            });
-        }
+        let inputs = spec.in_features;
+        let mut values = finite_weight(self.checkpoint, &spec)?;
         if let Some(scales) = self.input_scales(LinearInput::of(role)) {
             for row in values.chunks_exact_mut(inputs) {
                 row.iter_mut().zip(&scales).for_each(|(weight, scale)| *weight *= scale);
@@ -147,14 +138,24 @@ impl<'a> LayerTensors<'a> {
             }
         }
         for role in [LinearRole::AttentionOutput, LinearRole::Down] {
-            let spec = role.spec(self.checkpoint.config(), self.index);
-            let (values, bias) = (DenseValues::F32(self.weight(role)?.into()), self.bias(role)?);
-            let linear = DenseMatrix::new(spec.out_features, spec.in_features, values).and_then(|matrix| {
-                Linear::pack(backend, &spec.name, &LinearWeight::Dense(matrix), bias.as_deref())
-            });
-            layer.replace(role, linear.map_err(QuantizeError::matrix(&spec.name))?);
+            layer.replace(role, self.linear(backend, role, self.weight(role)?)?);
         }
         Ok(())
+    }
+
+    /// The linear layer `role` with the unquantized `weight`, [`Self::weight`], on the device.
+    pub(super) fn linear<B: Backend>(
+        &self,
+        backend: &B,
+        role: LinearRole,
+        weight: Vec<f32>,
+    ) -> Result<Linear<B>, QuantizeError> {
+        let spec = role.spec(self.checkpoint.config(), self.index);
+        let (values, bias) = (DenseValues::F32(weight.into()), self.bias(role)?);
+        let linear = DenseMatrix::new(spec.out_features, spec.in_features, values).and_then(|matrix| {
+            Linear::pack(backend, &spec.name, &LinearWeight::Dense(matrix), bias.as_deref())
+        });
+        linear.map_err(QuantizeError::matrix(&spec.name))
     }
 
     /// Writes the weight of a linear layer that is not quantized: `values`, in the element type of the checkpoint.
@@ -164,21 +165,23 @@ impl<'a> LayerTensors<'a> {
         values: &[f32],
         writer: &mut CheckpointWriter,
     ) -> Result<(), CheckpointError> {
-        let name = role.spec(self.checkpoint.config(), self.index).weight_name();
-        let tensor = self.checkpoint.raw(&name)?;
-        writer.tensor(&name, tensor.dtype, tensor.shape, &bytes(values, tensor.dtype))
+        let spec = role.spec(self.checkpoint.config(), self.index);
+        let (name, shape) = (spec.weight_name(), [spec.out_features, spec.in_features]);
+        let dtype = self.checkpoint.raw(&name)?.dtype;
+        writer.tensor(&name, dtype, &shape, &bytes(values, dtype))
     }
 
     /// Writes every tensor but the weights of linear layers.
     pub(super) fn write(&self, writer: &mut CheckpointWriter) -> Result<(), CheckpointError> {
         let config = self.checkpoint.config();
-        let mut folded = Vec::new();
+        // Norms and biases that scales are folded into or that are padded; the others come out as they are.
+        let mut vectors = Vec::new();
         for input in LinearInput::ALL {
-            folded.extend(self.norm(input)?.map(|(norm, values)| (norm.name(self.index), values)));
+            vectors.extend(self.norm(input)?.map(|(norm, values)| (norm.name(self.index), values)));
         }
-        for role in [LinearRole::Value, LinearRole::Up] {
+        for role in [LinearRole::Value, LinearRole::Gate, LinearRole::Up] {
             let name = role.spec(config, self.index).bias_name();
-            folded.extend(self.bias(role)?.map(|values| (name, values)));
+            vectors.extend(self.bias(role)?.map(|values| (name, values)));
         }
         let weights = LinearRole::ALL.map(|role| role.spec(config, self.index).weight_name());
         let prefix = format!("{LAYERS}{}.", self.index);
@@ -186,15 +189,31 @@ impl<'a> LayerTensors<'a> {
             if weights.iter().any(|weight| weight == tensor.name) {
                 continue;
             }
-            match folded.iter().find(|(name, _)| name == tensor.name) {
+            match vectors.iter().find(|(name, _)| name == tensor.name) {
                 Some((name, values)) => {
-                    writer.tensor(name, tensor.dtype, tensor.shape, &bytes(values, tensor.dtype))?;
+                    writer.tensor(name, tensor.dtype, &[values.len()], &bytes(values, tensor.dtype))?;
                 }
                 None => writer.tensor(tensor.name, tensor.dtype, tensor.shape, tensor.data)?,
             }
         }
         Ok(())
     }
+}
+
+/// The weight of the linear layer `spec` as the checkpoint has it, `[out_features, in_features]`, all finite.
+pub(super) fn finite_weight(checkpoint: &Checkpoint, spec: &LinearSpec) -> Result<Vec<f32>, QuantizeError> {
+    let (outputs, inputs) = (spec.out_features, spec.in_features);
+    let values = checkpoint.dense(&spec.weight_name(), outputs, inputs)?.to_f32();
+    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+        let (output, input) = (position / inputs, position % inputs);
+        return Err(QuantizeError::NotFinite {
+            name: spec.name.clone(),
+            what: "the weights",
+            found: format!("hold {} at output {output}, input {input}", values[position]),
+            help: "the checkpoint is damaged; fetch or import it again",
+        });
+    }
+    Ok(values)
 }
 
 /// The norm that computes `input`, if one does.

@@ -18,7 +18,7 @@ use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, LinearWeight};
 use nibble_model::evaluation::kl_divergence;
 use nibble_model::formats::{GroupSize, ModuleSettings};
-use nibble_model::forward::{DecoderLayer, HiddenStates, Linear, LinearRole, OutputHead, Spill};
+use nibble_model::forward::{DecoderLayer, HiddenStates, Linear, LinearRole, LinearSpec, OutputHead, Spill};
 
 use super::layer_tensors::LayerTensors;
 use super::streams::{LinearInput, Streams};
@@ -102,9 +102,20 @@ impl Survey<'_> {
         let backend = self.divergences(streams, &probes, &rounded, &mut measured)?;
         // What stays as it is has no offers and takes no part.
         measured.retain(|unit| !unit.offers.is_empty());
-        let chosen = allocate(&measured.iter().map(Measured::unit).collect::<Vec<_>>(), target_bits);
+        let head = self.plan.quantize_lm_head().then(|| self.output_head()).flatten();
+        let units: Vec<Unit> = measured.iter().map(Measured::unit).chain(head).collect();
+        let chosen = allocate(&units, target_bits);
         let report = measured.iter().zip(chosen).map(|(unit, choice)| unit.report(checkpoint, choice));
         Ok((backend, report.collect()))
+    }
+
+    /// The output head as a unit that bits are counted for and not spent on, where it is quantized.
+    fn output_head(&self) -> Option<Unit> {
+        let spec = LinearSpec::output_head(self.checkpoint.config());
+        let module = self.plan.settings_of(&spec.name)?;
+        let bits_per_weight = stored_bits(module.bits, module.group_size, spec.in_features);
+        let weights = spec.out_features * spec.in_features;
+        Some(Unit { weights, offers: vec![Offer { bits_per_weight, effect: 0.0 }] })
     }
 
     /// Rounds the linear layers of `input` in `layer` to nearest and measures what offers they have.
@@ -222,6 +233,9 @@ impl Survey<'_> {
 fn expected_loss(weights: Weights<'_>, grid: Grid, group_size: usize, importance: &[f32]) -> f64 {
     let ones = vec![1.0; group_size];
     let of_group = |(weights, importance): (&[f32], &[f32])| {
+        if weights.iter().all(|&weight| weight == 0.0) {
+            return 0.0; // Rounded to themselves, whatever the step.
+        }
         let step = f64::from(grid.fit(weights, &ones[..weights.len()]).scale);
         step * step / 12.0 * importance.iter().map(|&value| f64::from(value)).sum::<f64>()
     };

@@ -6,7 +6,7 @@ use faer::{Accum, Mat, MatRef, Par};
 use nibble_kernels::backend::Backend;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, TensorFiles};
 use nibble_model::error::CheckpointError;
-use nibble_model::forward::{DecoderLayer, HiddenStates, LayerRunner, LinearRole, Spill, embed};
+use nibble_model::forward::{DecoderLayer, FinalNorm, HiddenStates, LayerRunner, LinearRole, Spill, embed};
 
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
@@ -240,6 +240,34 @@ impl<B: Backend> Streams<B> {
             LinearInput::AttentionOutput | LinearInput::Gated => Drift::OfOutputs(drift),
         });
         Ok((sum.finish(), drift))
+    }
+
+    /// Sums the Hessian of the output head's input behind the last layer, and how far the quantized stream has drifted
+    /// from the original there.
+    pub(super) fn output_head_statistics(
+        &mut self,
+        norm: &FinalNorm<B>,
+        threads: &Threads,
+    ) -> Result<(Hessian, Option<Drift>), QuantizeError> {
+        let Self { runner, widths, hidden, original, .. } = self;
+        let width = widths.hidden;
+        let mut sum = HessianSum::new(width);
+        let mut drift = original.as_ref().map(|_| Mat::<f32>::zeros(width, width));
+        let (mut stream, mut values, mut difference) = (Vec::new(), Vec::new(), Vec::new());
+        for index in 0..hidden.sequences() {
+            hidden.read(index, &mut stream)?;
+            values.resize(stream.len(), 0.0);
+            runner.output_head_input(norm, &stream, &mut values)?;
+            threads.run(|par| sum.add(&values, par));
+            if let (Some(original), Some(drift)) = (&original, &mut drift) {
+                original.read(index, &mut stream)?;
+                difference.resize(stream.len(), 0.0);
+                runner.output_head_input(norm, &stream, &mut difference)?;
+                subtract(&mut difference, &values);
+                threads.run(|par| add_product(drift, &difference, &values, par));
+            }
+        }
+        Ok((sum.finish(), drift.map(Drift::OfInputs)))
     }
 
     /// The Hessians of all inputs of `layer`, in the order of [`LinearInput::ALL`], for the quantized stream before it.

@@ -1,12 +1,16 @@
 //! Whole small models of every architecture through the quantizer.
 
+mod output_head;
+mod padding;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::formats::{Format, GptqVersion, GroupSize, ModuleExpression};
-use nibble_model::forward::{Batch, LinearSpec, Model};
+use nibble_model::forward::{Batch, Model};
+use nibble_model::self_test::Checksum;
 use safetensors::Dtype;
 
 use super::*;
@@ -15,7 +19,7 @@ use crate::plan::{Change, Override, specs, stored_bits};
 use crate::report::UnitSensitivity;
 use crate::settings::{GptqSettings, Method, RangeSearch};
 
-const VOCABULARY: usize = 90;
+const VOCABULARY: usize = 96;
 const HIDDEN: usize = 128;
 const INTERMEDIATE: usize = 256;
 const CLASSES: [&str; 4] = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
@@ -32,19 +36,29 @@ fn random(count: usize, seed: usize) -> Vec<f32> {
 
 /// A random model of two layers in `parent/model`, with a tokenizer and files that belong to it.
 fn write_model(parent: &Path, class: &str, edit: impl Fn(&str, &mut [f32])) -> PathBuf {
+    write_model_of_width(parent, class, INTERMEDIATE, edit)
+}
+
+/// The same with another intermediate size.
+fn write_model_of_width(
+    parent: &Path,
+    class: &str,
+    intermediate_size: usize,
+    edit: impl Fn(&str, &mut [f32]),
+) -> PathBuf {
     let directory = parent.join("model");
     let mut writer = CheckpointWriter::create(&directory, u64::MAX).unwrap();
     let config = serde_json::json!({
         "architectures": [class], "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": intermediate_size, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "max_position_embeddings": 256, "tie_word_embeddings": class == "Qwen2ForCausalLM",
-        "hidden_act": "silu", "torch_dtype": "float32",
+        "hidden_act": "silu", "torch_dtype": "float32", "mlp_bias": class == "LlamaForCausalLM",
     });
     let parsed = {
         let path = parent.join("config.json");
         std::fs::write(&path, config.to_string()).unwrap();
-        nibble_model::config::ModelConfig::from_file(&path).unwrap()
+        ModelConfig::from_file(&path).unwrap()
     };
     let mut shapes = vec![
         ("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]),
@@ -109,6 +123,8 @@ fn settings(method: Method) -> Settings {
         damping: 0.01,
         overrides: Vec::new(),
         target_bits: None,
+        quantize_lm_head: false,
+        pad_for_tensor_parallel: None,
         bits: 4,
         group_size: GroupSize::Inputs(32),
         symmetric: false,
@@ -377,7 +393,7 @@ fn bits_go_where_they_matter_and_overrides_are_kept() {
         let report = run(&checkpoint, &out, &spent, Some(&calibration)).unwrap();
         assert!(report.bits_per_weight > 4.8 && report.bits_per_weight <= 5.0, "{}", report.bits_per_weight);
         let written = Checkpoint::open(&out).unwrap();
-        for spec in specs(checkpoint.config()) {
+        for spec in specs(checkpoint.config(), false) {
             let unit =
                 report.sensitivities.iter().find(|unit| unit.linear_layers.contains(&spec.name)).unwrap();
             let matrix = read(&written, &spec);

@@ -1,5 +1,6 @@
 //! The arguments of `nibble quantize`, and the settings they ask for.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -71,6 +72,14 @@ pub(crate) struct QuantizeArguments {
     /// weights take BITS in the mean, scales and zero points included.
     #[arg(long, value_name = "BITS")]
     target_bits: Option<f64>,
+    /// Quantize lm_head too, the output head of a model that has one of its own; --override lm_head=bits:8 gives it more
+    /// bits. Its inputs are not scaled (awq).
+    #[arg(long)]
+    quantize_lm_head: bool,
+    /// Pad the intermediate size with zeros, which change nothing, to the next one that splits into whole groups, and
+    /// into multiples of 64, over RANKS ranks of tensor parallelism.
+    #[arg(long, value_name = "RANKS")]
+    pad_for_tensor_parallel: Option<NonZeroUsize>,
     /// The format of the checkpoint.
     #[arg(long, value_enum, default_value_t = FormatArgument::Gptq)]
     pub(super) format: FormatArgument,
@@ -170,6 +179,8 @@ impl QuantizeArguments {
             damping: self.damp,
             overrides: self.overrides.clone(),
             target_bits: self.target_bits,
+            quantize_lm_head: self.quantize_lm_head,
+            pad_for_tensor_parallel: self.pad_for_tensor_parallel,
             bits: self.bits,
             group_size: self.group_size,
             symmetric: self.sym,
