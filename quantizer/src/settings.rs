@@ -17,8 +17,8 @@ use crate::plan::{Override, Plan, specs};
 const USUAL_GROUP_SIZES: [usize; 4] = [128, 64, 32, 16];
 
 /// What the parts that tensor parallelism gives each rank are a multiple of: the kernels named Marlin, which vLLM and
-/// SGLang run, need as many outputs.
-const MARLIN_OUTPUTS: usize = 64;
+/// SGLang run, take no fewer inputs at once.
+const MARLIN_MULTIPLE: usize = 128;
 /// How many times the intermediate size may become what it was: enough for small models, no more than memory holds.
 const LARGEST_PADDING: usize = 16;
 
@@ -196,7 +196,7 @@ impl Settings {
     }
 
     /// `config` with the intermediate size that the quantized model is going to have: the smallest no smaller than that
-    /// of the original that splits into whole groups, and into multiples of [`MARLIN_OUTPUTS`], over all ranks.
+    /// of the original that splits into whole groups, and into multiples of [`MARLIN_MULTIPLE`], over all ranks.
     ///
     /// # Errors
     /// When it is many times as large.
@@ -208,7 +208,7 @@ impl Settings {
             GroupSize::Inputs(group_size) => Some(group_size),
             GroupSize::PerChannel => None,
         });
-        let mut group_sizes = group_sizes.chain([MARLIN_OUTPUTS]);
+        let mut group_sizes = group_sizes.chain([MARLIN_MULTIPLE]);
         let of_rank = group_sizes.try_fold(1, least_common_multiple);
         let old = config.intermediate_size;
         let new = of_rank

@@ -56,10 +56,10 @@ fn padding_splits_into_whole_groups_for_every_rank() {
         (1, GroupSize::Inputs(128), 256),
         (2, GroupSize::Inputs(128), 256),
         (3, GroupSize::Inputs(128), 384),
-        (1, GroupSize::Inputs(32), 192),
-        (4, GroupSize::Inputs(32), 256),
-        (1, GroupSize::Inputs(48), 192),
-        (5, GroupSize::PerChannel, 320),
+        (1, GroupSize::Inputs(32), 256),
+        (4, GroupSize::Inputs(32), 512),
+        (1, GroupSize::Inputs(48), 384),
+        (5, GroupSize::PerChannel, 640),
     ] {
         assert_eq!(size(ranks, group_size).unwrap(), expected, "{ranks} ranks, {group_size:?}");
     }
@@ -109,7 +109,7 @@ fn padding_is_zero_in_every_format_and_changes_no_rounded_logit() {
                     let (exact, padded) = (parent.path().join(&name), parent.path().join(name + " padded"));
                     run(&checkpoint, &exact, &plain, None).unwrap();
                     let report = run(&checkpoint, &padded, &for_ranks(3, plain), None).unwrap();
-                    assert_eq!(Checkpoint::open(&padded).unwrap().config().intermediate_size, 192);
+                    assert_eq!(Checkpoint::open(&padded).unwrap().config().intermediate_size, 384);
                     crate::verify(Cpu::new(2), &padded, &report).unwrap();
                     let zeros = padding_of(&padded);
                     assert!(!zeros.is_empty() && zeros.iter().all(|&weight| weight == 0.0), "{padded:?}");
@@ -123,8 +123,8 @@ fn padding_is_zero_in_every_format_and_changes_no_rounded_logit() {
 
 #[test]
 fn calibrated_methods_leave_padding_zero_and_do_as_well_as_without() {
-    let gptq = |activation_order| Method::Gptq(GptqSettings { activation_order, refinement_sweeps: 2 });
-    let awq_gptq = Method::AwqGptq(GptqSettings { activation_order: true, refinement_sweeps: 2 });
+    let gptq = |activation_order| Method::Gptq(GptqSettings { activation_order });
+    let awq_gptq = Method::AwqGptq(GptqSettings { activation_order: true });
     for class in [CLASSES[0], CLASSES[1]] {
         let parent = tempfile::tempdir().unwrap();
         let model = write_model_of_width(parent.path(), class, WIDTH, |_, _| {});
