@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::chart::{error_chart, heat_map};
 use super::run::{RunReport, report_error};
 use super::table::{fields, percent};
-use super::{InputShare, MatrixReport};
+use super::{InputShare, MatrixReport, Report, UnitSensitivity};
 use crate::error::QuantizeError;
 use crate::quality_gate::GateStatus;
 
@@ -42,6 +42,32 @@ fn shares(inputs: &[InputShare]) -> String {
     let texts: Vec<_> =
         inputs.iter().map(|InputShare { input, share }| format!("{input}: {}", percent(*share))).collect();
     texts.join(", ")
+}
+
+/// Linear layers that bits were spent on or not, as a line of a table.
+#[derive(Serialize)]
+struct UnitRow {
+    names: String,
+    kl: String,
+    /// Of the largest.
+    part: f64,
+    bits: u32,
+    group_size: usize,
+}
+
+/// Every unit, the most sensitive first.
+fn unit_rows(report: &Report) -> Vec<UnitRow> {
+    let mut units: Vec<_> = report.sensitivities.iter().collect();
+    units.sort_by(|a, b| b.kl_divergence.total_cmp(&a.kl_divergence));
+    let largest = units.first().map_or(0.0, |unit| unit.kl_divergence);
+    let row = |unit: &UnitSensitivity| UnitRow {
+        names: unit.linear_layers.join(", "),
+        kl: format!("{:.2e}", unit.kl_divergence),
+        part: if largest > 0.0 { unit.kl_divergence / largest } else { 0.0 },
+        bits: unit.bits,
+        group_size: unit.group_size,
+    };
+    units.into_iter().map(row).collect()
 }
 
 /// The page.
@@ -86,6 +112,7 @@ pub(super) fn render(run: &RunReport) -> Result<String, QuantizeError> {
         measure => if report.errors_are_of_outputs { "output error" } else { "weight error" },
         quality => quality,
         gate => gate,
+        units => unit_rows(report),
         chart => error_chart(report),
         heat => heat_map(report),
         sensitive_layers => layers.join(", "),

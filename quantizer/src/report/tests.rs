@@ -213,3 +213,21 @@ fn numbers_and_settings_are_written_for_people() {
     let rows = fields(&run_report().calibration).unwrap();
     assert_eq!(rows[0], ("sources".to_owned(), "valid.txt, more.txt".to_owned()));
 }
+
+#[test]
+fn units_that_bits_were_spent_on_are_listed_the_most_sensitive_first() {
+    let mut run = run_report();
+    assert!(!html::render(&run).unwrap().contains("Where bits were spent"));
+    let unit = |name: &str, kl_divergence: f64, bits: u32| UnitSensitivity {
+        linear_layers: vec![name.to_owned()],
+        kl_divergence,
+        bits,
+        group_size: 128,
+        raised: bits > 4,
+    };
+    run.report.sensitivities = vec![unit("quiet", 1e-4, 4), unit("loud", 2e-3, 8)];
+    let page = html::render(&run).unwrap();
+    let place = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text} in the page"));
+    assert!(place("<td>loud</td>") < place("<td>quiet</td>"));
+    assert!(page.contains("2.00e-3") && page.contains("width=\"160.0\"") && page.contains("width=\"8.0\""));
+}
