@@ -146,18 +146,9 @@ fn error(shared: &SharedInput<'_>, rows: Weights<'_>, scales: &[f32], par: Par) 
 mod tests {
     use super::*;
     use crate::hessian::HessianSum;
+    use crate::methods::tests::random;
     use crate::settings::RangeSearch;
     use crate::threads::Threads;
-
-    /// Reproducible values in -1.0..1.0.
-    fn random(count: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
-    }
 
     #[test]
     fn inputs_with_outliers_get_larger_scales_and_the_error_falls() {
