@@ -82,7 +82,7 @@ pub struct RunOptions {
 
 /// Quantizes `checkpoint` into the new directory `out`, running calibration on `backend`.
 ///
-/// Without `calibration`, [`Method::RoundToNearest`] only looks at the weights.
+/// Without `calibration`, [`Method::RoundToNearest`](crate::Method::RoundToNearest) only looks at the weights.
 ///
 /// # Errors
 /// When the settings do not fit the model, GPTQ has no calibration data, a file is wrong, numbers are not
@@ -111,42 +111,15 @@ pub fn quantize<B: Backend>(
     }
     let parent = CheckpointWriter::check(out)?;
     let threads = Threads::new(settings.threads)?;
-    let mut plan = settings.plan(checkpoint.config());
+    let plan = settings.plan(checkpoint.config());
     // Known to be possible before any work is done.
     settings.quantization_config(&plan)?;
     let identity = journal::identity(checkpoint, settings, calibration);
     let mut journal = Journal::open(out, &identity, options.resume, options.journal_interval)?;
     let spill = Spill { memory_bytes: options.memory_limit, directory: parent };
-    let mut sensitivities = Vec::new();
-    let mut backend = backend;
-    if let (Some(target_bits), Some(calibration)) = (settings.target_bits, calibration) {
-        sensitivities = match journal.sensitivities()? {
-            Some(sensitivities) => sensitivities,
-            None => {
-                let survey = Survey { checkpoint, settings, plan: &plan, threads: &threads };
-                let layers = checkpoint.config().layers;
-                let mut done = |layers_done| progress(Progress::Surveyed { layers_done, layers });
-                let (returned, found) =
-                    survey.choose(backend, target_bits, calibration, &spill, &mut done)?;
-                backend = returned;
-                journal.save_sensitivities(&found)?;
-                found
-            }
-        };
-        plan.spend(&sensitivities);
-    }
-    let streams = match calibration {
-        Some(calibration) => {
-            let (states, original) = (journal.states()?, settings.correction);
-            Some(Streams::start(backend, checkpoint, calibration, original, &spill, states.as_ref())?)
-        }
-        None => None,
-    };
-    let quantization = settings.quantization_config(&plan)?;
-    let run = Run { checkpoint, settings, plan, quantization, threads };
     let resumed_layers = journal.finished().min(checkpoint.config().layers);
-    let result = run.layers(&mut journal, streams, progress).and_then(|()| run.write(&journal, out));
-    match result {
+    let job = Job { checkpoint, out, settings, calibration, spill, threads };
+    match job.run(backend, plan, &mut journal, progress) {
         Err(error) if journal.finished() > 0 => {
             tracing::warn!(
                 finished = journal.finished(),
@@ -158,13 +131,60 @@ pub fn quantize<B: Backend>(
         Err(error) => journal.remove().map_err(QuantizeError::from).and(Err(error)),
         Ok(report) => {
             journal.remove()?;
-            Ok(Report {
-                errors_are_of_outputs: calibration.is_some(),
-                resumed_layers,
-                sensitivities,
-                ..report
-            })
+            Ok(Report { resumed_layers, ..report })
         }
+    }
+}
+
+/// What is asked for, once it is known to be possible.
+struct Job<'a> {
+    checkpoint: &'a Checkpoint,
+    out: &'a Path,
+    settings: &'a Settings,
+    calibration: Option<&'a Calibration>,
+    spill: Spill,
+    threads: Threads,
+}
+
+impl Job<'_> {
+    /// Spends bits where they are asked for, quantizes what `journal` does not hold yet, and writes the output.
+    fn run<B: Backend>(
+        self,
+        mut backend: B,
+        mut plan: Plan,
+        journal: &mut Journal,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Report, QuantizeError> {
+        let Self { checkpoint, out, settings, calibration, spill, threads } = self;
+        let mut sensitivities = Vec::new();
+        if let (Some(target_bits), Some(calibration)) = (settings.target_bits, calibration) {
+            sensitivities = match journal.sensitivities()? {
+                Some(sensitivities) => sensitivities,
+                None => {
+                    let survey = Survey { checkpoint, settings, plan: &plan, threads: &threads };
+                    let layers = checkpoint.config().layers;
+                    let mut done = |layers_done| progress(Progress::Surveyed { layers_done, layers });
+                    let (returned, found) =
+                        survey.choose(backend, target_bits, calibration, &spill, &mut done)?;
+                    backend = returned;
+                    journal.save_sensitivities(&found)?;
+                    found
+                }
+            };
+            plan.spend(&sensitivities);
+        }
+        let streams = match calibration {
+            Some(calibration) => {
+                let (states, original) = (journal.states()?, settings.correction);
+                Some(Streams::start(backend, checkpoint, calibration, original, &spill, states.as_ref())?)
+            }
+            None => None,
+        };
+        let quantization = settings.quantization_config(&plan)?;
+        let run = Run { checkpoint, settings, plan, quantization, threads };
+        run.layers(journal, streams, progress)?;
+        let report = run.write(journal, out)?;
+        Ok(Report { errors_are_of_outputs: calibration.is_some(), sensitivities, ..report })
     }
 }
 

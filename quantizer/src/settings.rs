@@ -124,7 +124,7 @@ impl Settings {
         }
         let damping = self.damping;
         if self.factors() && !(damping > 0.0 && damping.is_finite()) {
-            return refuse("--damp", damping.to_string(), "a positive number", "0.01 is usual");
+            return refuse("--damp", damping.to_string(), "a positive number", "0.05 is the default");
         }
         if config.quantization.is_some() {
             let help = "quantize the original checkpoint";

@@ -298,6 +298,24 @@ fn weights_that_are_not_numbers_are_refused_with_their_place() {
 }
 
 #[test]
+fn a_run_that_fails_before_its_first_layer_leaves_no_journal() {
+    let parent = tempfile::tempdir().unwrap();
+    let damage = |name: &str, values: &mut [f32]| {
+        if name == "model.layers.0.mlp.up_proj.weight" {
+            values[5] = f32::NAN;
+        }
+    };
+    let checkpoint = Checkpoint::open(&write_model(parent.path(), CLASSES[0], damage)).unwrap();
+    let calibration = calibration(&checkpoint, &write_text(parent.path(), 900)).unwrap();
+    let out = parent.path().join("out");
+    for target_bits in [None, Some(6.0)] {
+        let settings = Settings { target_bits, ..settings(GPTQ) };
+        run(&checkpoint, &out, &settings, Some(&calibration)).unwrap_err();
+        assert!(!out.exists() && !parent.path().join("out.resume").exists(), "{target_bits:?}");
+    }
+}
+
+#[test]
 fn calibration_files_that_cannot_be_used_are_refused_by_name() {
     let parent = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&write_model(parent.path(), CLASSES[0], |_, _| {})).unwrap();
