@@ -123,8 +123,7 @@ pub(crate) fn specs(config: &ModelConfig, quantize_lm_head: bool) -> impl Iterat
     layers.chain(quantize_lm_head.then(|| LinearSpec::output_head(config)))
 }
 
-/// Bits stored for each weight of a matrix with `inputs` inputs: its code, and its part of an F16 scale and a zero point.
+/// Bits stored for each weight of a matrix with `inputs` inputs, scales and zero points included.
 pub(crate) fn stored_bits(bits: u32, group_size: GroupSize, inputs: usize) -> f64 {
-    let groups = inputs.div_ceil(group_size.inputs(inputs).max(1));
-    f64::from(bits) + groups as f64 * (16.0 + f64::from(bits)) / inputs.max(1) as f64
+    nibble_kernels::tensor::stored_bits(bits, inputs.div_ceil(group_size.inputs(inputs).max(1)), inputs)
 }

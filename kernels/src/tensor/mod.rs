@@ -4,4 +4,4 @@ mod dense;
 mod quantized;
 
 pub use dense::{DenseMatrix, DenseValues, FloatType};
-pub use quantized::{QuantizedMatrix, QuantizedParts, checksum};
+pub use quantized::{QuantizedMatrix, QuantizedParts, checksum, stored_bits};

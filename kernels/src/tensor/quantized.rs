@@ -157,9 +157,7 @@ impl QuantizedMatrix {
 
     /// Bits stored for each weight: codes, F16 scales and packed zero points.
     pub fn bits_per_weight(&self) -> f64 {
-        let per_group = 16.0 + f64::from(self.bits());
-        let groups = (self.groups() * self.out_features()) as f64;
-        f64::from(self.bits()) + groups * per_group / self.parts.codes.len().max(1) as f64
+        stored_bits(self.bits(), self.groups(), self.in_features())
     }
 
     /// The [`checksum`] of the dequantized weights' bits: equal for equal weights, whatever format they came
@@ -174,6 +172,12 @@ pub fn checksum(words: impl IntoIterator<Item = u32>) -> u64 {
     words.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
         (hash ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3)
     })
+}
+
+/// Bits stored for each weight of a matrix whose rows have `inputs` weights in `groups` groups: its code, and its part of
+/// an F16 scale and a packed zero point.
+pub fn stored_bits(bits: u32, groups: usize, inputs: usize) -> f64 {
+    f64::from(bits) + groups as f64 * (16.0 + f64::from(bits)) / inputs.max(1) as f64
 }
 
 #[cfg(test)]

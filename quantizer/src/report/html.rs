@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::chart::{error_chart, heat_map};
 use super::run::{RunReport, report_error};
-use super::table::{fields, percent};
+use super::table::{fields, percent, quality};
 use super::{InputShare, MatrixReport, Report, UnitSensitivity};
 use crate::error::QuantizeError;
 use crate::quality_gate::GateStatus;
@@ -87,18 +87,7 @@ pub(super) fn render(run: &RunReport) -> Result<String, QuantizeError> {
         }
         _ => ("failed", outcome.warning().unwrap_or_default()),
     });
-    let quality = run.quality.as_ref().map(|quality| {
-        context! {
-            before => format!("{:.4}", quality.perplexity_before),
-            after => format!("{:.4}", quality.perplexity_after),
-            increase => format!("{:+.2} %", 100.0 * quality.perplexity_increase()),
-            kl => format!("{:.5}", quality.mean_kl_divergence),
-            top1 => format!("{:.2} %", 100.0 * quality.top1_agreement),
-            rms => format!("{:.3} %", 100.0 * quality.rms_probability_difference),
-            text => quality.eval_text, window => quality.eval_window,
-            predictions => quality.predicted_tokens,
-        }
-    });
+    let quality = run.quality.as_ref().map(quality);
     let page = context! {
         title => run.title(),
         model => run.model,

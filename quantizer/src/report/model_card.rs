@@ -8,7 +8,7 @@ use nibble_model::error::CheckpointError;
 use nibble_model::formats::Format;
 
 use super::run::{RunReport, report_error};
-use super::table::{fields, percent};
+use super::table::{fields, percent, quality};
 use crate::error::QuantizeError;
 use crate::quality_gate::GateStatus;
 
@@ -64,17 +64,7 @@ fn render(run: &RunReport, inherited: &[(String, String)]) -> Result<String, Qua
     if !tags.iter().any(|tag| tag == method) {
         tags.push(method.to_owned());
     }
-    let quality = run.quality.as_ref().map(|quality| {
-        context! {
-            before => format!("{:.4}", quality.perplexity_before),
-            after => format!("{:.4}", quality.perplexity_after),
-            increase => format!("{:+.2} %", 100.0 * quality.perplexity_increase()),
-            kl => format!("{:.5}", quality.mean_kl_divergence),
-            top1 => format!("{:.2} %", 100.0 * quality.top1_agreement),
-            text => quality.eval_text, window => quality.eval_window,
-            predictions => quality.predicted_tokens,
-        }
-    });
+    let quality = run.quality.as_ref().map(quality);
     let gate = run.quality_gate.map(|outcome| {
         let (status, text) = match outcome.status {
             GateStatus::Passed => ("passed", "Perplexity rose by no more than was accepted.".to_owned()),

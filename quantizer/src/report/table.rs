@@ -1,7 +1,10 @@
 //! Numbers and settings as texts for people.
 
+use minijinja::context;
 use serde::Serialize;
 use serde_json::Value;
+
+use super::Quality;
 
 /// A fraction as a percentage of three significant digits.
 pub(super) fn percent(fraction: f64) -> String {
@@ -41,5 +44,19 @@ fn add_fields(rows: &mut Vec<(String, String)>, name: &str, value: &Value) {
         Value::Bool(value) => rows.push((name.to_owned(), if *value { "yes" } else { "no" }.to_owned())),
         Value::String(text) => rows.push((name.to_owned(), text.clone())),
         other => rows.push((name.to_owned(), other.to_string())),
+    }
+}
+
+/// The measured quality as both the page and the model card tell it.
+pub(super) fn quality(quality: &Quality) -> minijinja::Value {
+    context! {
+        before => format!("{:.4}", quality.perplexity_before),
+        after => format!("{:.4}", quality.perplexity_after),
+        increase => format!("{:+.2} %", 100.0 * quality.perplexity_increase()),
+        kl => format!("{:.5}", quality.mean_kl_divergence),
+        top1 => format!("{:.2} %", 100.0 * quality.top1_agreement),
+        rms => format!("{:.3} %", 100.0 * quality.rms_probability_difference),
+        text => quality.eval_text, window => quality.eval_window,
+        predictions => quality.predicted_tokens,
     }
 }
