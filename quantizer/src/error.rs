@@ -100,6 +100,23 @@ pub enum QuantizeError {
         /// The checkpoint.
         directory: PathBuf,
     },
+    /// The checkpoint computes something else than the run did before it was written.
+    #[error(
+        "{}: the logit of token {token} is {found}, but the quantized model in memory had {expected}, with a tolerance of {tolerance}; this is a bug in what was written besides the quantized matrices: please report it",
+        directory.display()
+    )]
+    VerifiedLogits {
+        /// The token.
+        token: usize,
+        /// Its logit in the checkpoint.
+        found: f32,
+        /// Its logit in the run.
+        expected: f32,
+        /// What they may differ by.
+        tolerance: f32,
+        /// The checkpoint.
+        directory: PathBuf,
+    },
     /// A report or a model card could not be made.
     #[error("the report cannot be made: {0}; the checkpoint itself is complete")]
     Report(String),

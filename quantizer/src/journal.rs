@@ -5,6 +5,7 @@
 //! ```text
 //! journal.json   what the run was about: another model, other settings or other calibration data are refused
 //! sensitivities.json   how much each unit matters and what it gets, where bits are spent
+//! logits.json   what the quantized model computes, when all of it is finished
 //! layer-00007/   the tensors of decoder layer 7 as they will be written, and report.json
 //! states-00007/  the calibration states behind layer 7
 //! ```
@@ -30,12 +31,13 @@ use serde_json::{Value, json};
 
 use crate::calibration::Calibration;
 use crate::error::QuantizeError;
-use crate::report::{MatrixReport, UnitSensitivity};
+use crate::report::{MatrixReport, RunLogits, UnitSensitivity};
 use crate::settings::Settings;
 
 const JOURNAL: &str = "journal.json";
 const REPORT: &str = "report.json";
 const SENSITIVITIES: &str = "sensitivities.json";
+const LOGITS: &str = "logits.json";
 /// Bytes at the start and at the end of each tensor that tell one model from another.
 const SAMPLE: usize = 4096;
 
@@ -184,6 +186,17 @@ impl Journal {
         replace_file(&self.directory, SENSITIVITIES, format!("{:#}\n", json!(units)).as_bytes())
     }
 
+    /// What [`save_logits`](Self::save_logits) saved.
+    pub(crate) fn logits(&self) -> Result<Option<RunLogits>, CheckpointError> {
+        let path = self.directory.join(LOGITS);
+        if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// Keeps what the quantized model computed, before the states behind its last layer are.
+    pub(crate) fn save_logits(&self, logits: &RunLogits) -> Result<(), CheckpointError> {
+        replace_file(&self.directory, LOGITS, format!("{:#}\n", json!(logits)).as_bytes())
+    }
+
     /// Removes the journal: the output is there, or nothing is worth going on with.
     pub(crate) fn remove(self) -> Result<(), CheckpointError> {
         fs::remove_dir_all(&self.directory).map_err(CheckpointError::io("remove", &self.directory))
@@ -218,6 +231,7 @@ impl Journal {
         let kept = |path: &Path| {
             path.ends_with(JOURNAL)
                 || path.ends_with(SENSITIVITIES)
+                || path.ends_with(LOGITS)
                 || (0..self.finished).any(|index| path == self.layer_directory(index))
                 || self.finished.checked_sub(1).is_some_and(|last| path == self.states_directory(last))
         };

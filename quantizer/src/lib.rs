@@ -27,4 +27,4 @@ pub use pipeline::{Progress, RunOptions, quantize};
 pub use plan::{Change, Override};
 pub use report::{MatrixReport, Report};
 pub use settings::{GptqSettings, Method, RangeSearch, Settings};
-pub use verify::verify;
+pub use verify::{Verification, verify};

@@ -27,10 +27,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use nibble_kernels::backend::Backend;
+use nibble_kernels::tensor::QuantizedMatrix;
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_SHARD_BYTES, LinearWeight};
 use nibble_model::config::ModelConfig;
 use nibble_model::formats::{ModuleSettings, QuantizationConfig};
-use nibble_model::forward::{DecoderLayer, FinalNorm, Linear, LinearRole, LinearSpec, Spill, check_dense};
+use nibble_model::forward::{
+    DecoderLayer, FinalNorm, Linear, LinearRole, LinearSpec, OutputHead, Spill, check_dense,
+};
 
 use self::layer_tensors::{LayerTensors, finite_weight};
 use self::matrix::{InputStatistics, quantize_matrix};
@@ -44,9 +47,12 @@ use crate::methods::Weights;
 use crate::methods::awq::{self, SharedInput};
 use crate::output;
 use crate::plan::{Plan, specs};
-use crate::report::{MatrixReport, Report};
+use crate::report::{MatrixReport, Report, RunLogits};
 use crate::settings::{RangeSearch, Settings};
 use crate::threads::Threads;
+
+/// Tokens behind which the quantized model's logits are kept.
+const PROMPT_TOKENS: usize = 16;
 
 /// How far a run has come.
 #[derive(Clone, Copy, Debug)]
@@ -173,16 +179,19 @@ impl Job<'_> {
             };
             plan.spend(&sensitivities);
         }
-        let streams = match calibration {
-            Some(calibration) => {
-                let (states, original) = (journal.states()?, settings.correction);
-                Some(Streams::start(backend, checkpoint, calibration, original, &spill, states.as_ref())?)
-            }
-            None => None,
-        };
         let quantization = settings.quantization_config(&plan)?;
-        let run = Run { checkpoint, settings, plan, quantization, threads };
-        run.layers(journal, streams, progress)?;
+        let run = Run { checkpoint, settings, plan, calibration, quantization, threads };
+        // Behind the last part there are no states: only the output is to be put together.
+        if journal.finished() < run.parts() {
+            let streams = match calibration {
+                Some(calibration) => {
+                    let (states, original) = (journal.states()?, settings.correction);
+                    Some(Streams::start(backend, checkpoint, calibration, original, &spill, states.as_ref())?)
+                }
+                None => None,
+            };
+            run.parts_left(journal, streams, progress)?;
+        }
         let report = run.write(journal, out)?;
         Ok(Report { errors_are_of_outputs: calibration.is_some(), sensitivities, ..report })
     }
@@ -200,6 +209,7 @@ fn warn_of_ranks(settings: &Settings, config: &ModelConfig) {
 struct Run<'a> {
     checkpoint: &'a Checkpoint,
     settings: &'a Settings,
+    calibration: Option<&'a Calibration>,
     plan: Plan,
     quantization: QuantizationConfig,
     threads: Threads,
@@ -211,8 +221,8 @@ impl Run<'_> {
         self.checkpoint.config().layers + usize::from(self.plan.quantize_lm_head())
     }
 
-    /// Quantizes every part that `journal` does not hold yet.
-    fn layers<B: Backend>(
+    /// Quantizes every part that `journal` does not hold yet, of which there is one.
+    fn parts_left<B: Backend>(
         &self,
         journal: &mut Journal,
         mut streams: Option<Streams<B>>,
@@ -225,6 +235,7 @@ impl Run<'_> {
         let matrices = specs().filter(is_quantized).count();
         let before = LinearRole::ALL.len() * journal.finished();
         let mut matrices_done = specs().take(before).filter(is_quantized).count();
+        let mut head = None;
         for index in journal.finished()..parts {
             let mut writer = journal.layer_writer(index)?;
             let mut reports: Vec<MatrixReport> = Vec::with_capacity(LinearRole::ALL.len());
@@ -237,18 +248,44 @@ impl Run<'_> {
             if index < layers {
                 self.layer(index, streams.as_mut(), &mut writer, &mut done)?;
             } else {
-                self.output_head(streams.as_mut(), &mut writer, &mut done)?;
+                head = self.output_head(streams.as_mut(), &mut writer, &mut done)?;
             }
             let due = journal.finish_layer(writer, &reports)?;
-            if due || index + 1 == parts {
+            if due && index + 1 < parts {
                 journal.save_states(index, |writer| match &streams {
-                    // Behind the last part nothing is left to do with them.
-                    Some(streams) if index + 1 < parts => streams.save(writer),
-                    _ => Ok(()),
+                    Some(streams) => streams.save(writer),
+                    None => Ok(()),
                 })?;
             }
         }
-        Ok(())
+        if let Some(streams) = streams {
+            journal.save_logits(&self.logits(streams, head)?)?;
+        }
+        Ok(journal.save_states(parts - 1, |_| Ok(()))?)
+    }
+
+    /// The logits that the quantized model has behind the first tokens of the first calibration sequence, computed from
+    /// what is in memory; `head` is the output head if it was quantized.
+    fn logits<B: Backend>(
+        &self,
+        streams: Streams<B>,
+        head: Option<QuantizedMatrix>,
+    ) -> Result<RunLogits, QuantizeError> {
+        let Self { checkpoint, calibration, .. } = self;
+        let tokens: Vec<u32> =
+            calibration.iter().flat_map(|data| &data.sequences()[0]).copied().take(PROMPT_TOKENS).collect();
+        let hidden = streams.hidden(0, tokens.len())?;
+        let backend = streams.into_backend();
+        let mut output = match head {
+            Some(head) => {
+                let name = LinearSpec::output_head(checkpoint.config()).name;
+                let head = Linear::pack(&backend, &name, &LinearWeight::Quantized(head), None);
+                OutputHead::with(backend, checkpoint, head.map_err(QuantizeError::matrix(&name))?)?
+            }
+            None => OutputHead::load(backend, checkpoint)?,
+        };
+        let last = &hidden[hidden.len() - checkpoint.config().hidden_size..];
+        Ok(RunLogits { tokens, logits: output.logits(last)?.values })
     }
 
     /// Quantizes layer `index`, writes its linear layers, and brings `streams` to its end.
@@ -259,7 +296,7 @@ impl Run<'_> {
         writer: &mut CheckpointWriter,
         done: &mut dyn FnMut(MatrixReport),
     ) -> Result<(), QuantizeError> {
-        let Self { checkpoint, settings, plan, quantization, threads } = self;
+        let Self { checkpoint, settings, plan, quantization, threads, .. } = self;
         let mut tensors = LayerTensors::new(checkpoint, index);
         let mut layer = match &streams {
             Some(streams) => Some(LayerPair {
@@ -318,17 +355,19 @@ impl Run<'_> {
     }
 
     /// Quantizes the output head, whose inputs are not scaled, and writes it; `streams` are behind the last layer.
+    /// Returns it unless it is kept as it was.
     fn output_head<B: Backend>(
         &self,
         streams: Option<&mut Streams<B>>,
         writer: &mut CheckpointWriter,
         done: &mut dyn FnMut(MatrixReport),
-    ) -> Result<(), QuantizeError> {
-        let Self { checkpoint, settings, plan, quantization, threads } = self;
+    ) -> Result<Option<QuantizedMatrix>, QuantizeError> {
+        let Self { checkpoint, settings, plan, quantization, threads, .. } = self;
         let spec = LinearSpec::output_head(checkpoint.config());
         let Some(module) = plan.settings_of(&spec.name) else {
             let kept = checkpoint.raw(&spec.weight_name())?;
-            return Ok(output::copy_tensors([kept].into_iter(), writer)?);
+            output::copy_tensors([kept].into_iter(), writer)?;
+            return Ok(None);
         };
         let statistics = match streams {
             Some(streams) => {
@@ -342,7 +381,7 @@ impl Run<'_> {
         let (matrix, report) = quantize_matrix(weights, &spec, module, settings, &statistics, threads)?;
         quantization.write_linear(writer, &spec.name, &matrix)?;
         done(report);
-        Ok(())
+        Ok(Some(matrix))
     }
 
     /// Finds scales for the inputs of `layer`, which is not quantized yet, and folds them into it and `tensors`.
@@ -403,6 +442,7 @@ impl Run<'_> {
             resumed_layers: 0,
             sensitivities: Vec::new(),
             layers,
+            logits: journal.logits()?,
         })
     }
 }

@@ -43,7 +43,7 @@ fn what_is_written_passes_its_own_self_test_loaded_and_streamed() {
         let formats = [Format::Gptq(GptqVersion::V1), Format::Awq, Format::CompressedTensors];
         let parent = tempfile::tempdir().expect("a temporary directory");
         let (out, report) = quantized(model, parent.path(), formats[index % 3]);
-        let test = verify(Cpu::new(2), &out, &report).expect("what was written reads back");
+        let test = verify(|| Cpu::new(2), &out, &report).expect("what was written reads back").self_test;
         assert_eq!(SelfTest::open(&out).expect("written"), test, "read back to the last bit");
         assert!(test.tolerance > 0.0 && test.logits.len() == 16);
 
@@ -60,11 +60,11 @@ fn a_matrix_that_reads_back_as_another_is_named_and_no_self_test_is_written() {
     let parent = tempfile::tempdir().expect("a temporary directory");
     let (out, mut report) = quantized(&TINY_MODELS[0], parent.path(), Format::Gptq(GptqVersion::V1));
     report.layers[9].checksum = report.layers[8].checksum;
-    let message = verify(Cpu::new(1), &out, &report).expect_err("refused").to_string();
+    let message = verify(|| Cpu::new(1), &out, &report).expect_err("refused").to_string();
     assert!(message.contains(&report.layers[9].name), "{message}");
     assert!(message.contains(&report.layers[8].checksum.to_string()), "{message}");
     report.layers[9].name = "model.norm".to_owned();
-    let message = verify(Cpu::new(1), &out, &report).expect_err("refused").to_string();
+    let message = verify(|| Cpu::new(1), &out, &report).expect_err("refused").to_string();
     assert!(message.contains("model.norm") && message.contains("not quantized"), "{message}");
     assert!(!out.join(SELF_TEST_FILE).exists());
 }
@@ -73,7 +73,7 @@ fn a_matrix_that_reads_back_as_another_is_named_and_no_self_test_is_written() {
 fn logits_that_are_off_are_refused_and_those_within_the_tolerance_are_not() {
     let parent = tempfile::tempdir().expect("a temporary directory");
     let (out, report) = quantized(&TINY_MODELS[4], parent.path(), Format::CompressedTensors);
-    let recorded = verify(Cpu::new(1), &out, &report).expect("what was written reads back");
+    let recorded = verify(|| Cpu::new(1), &out, &report).expect("what was written reads back").self_test;
     let checkpoint = Checkpoint::open(&out).expect("a valid checkpoint");
     let shifted = |by: f32| {
         let mut test = recorded.clone();

@@ -59,8 +59,16 @@ impl<B: Backend> OutputHead<B> {
     /// # Errors
     /// When a tensor is missing or malformed, or the device has no kernel for it.
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
-        let (stage, head) =
-            (OutputStage::new(&backend, checkpoint)?, load_output_head(&backend, checkpoint)?);
+        let head = load_output_head(&backend, checkpoint)?;
+        Self::with(backend, checkpoint, head)
+    }
+
+    /// Reads the norm from `checkpoint`, whose own output head `head` takes the place of.
+    ///
+    /// # Errors
+    /// When the norm is missing or malformed.
+    pub fn with(backend: B, checkpoint: &Checkpoint, head: Linear<B>) -> Result<Self, ModelError> {
+        let stage = OutputStage::new(&backend, checkpoint)?;
         Ok(Self { backend, stage, head })
     }
 

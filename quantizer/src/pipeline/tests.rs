@@ -2,6 +2,7 @@
 
 mod output_head;
 mod padding;
+mod written;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -81,6 +81,18 @@ pub struct Report {
     pub sensitivities: Vec<UnitSensitivity>,
     /// Every quantized matrix, in the order of the model.
     pub layers: Vec<MatrixReport>,
+    /// What the quantized model computed before it was written; none without calibration data.
+    #[serde(skip)]
+    pub logits: Option<RunLogits>,
+}
+
+/// Logits that a run computed with the quantized weights in memory: what is written must give them again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunLogits {
+    /// A prompt: the first calibration tokens.
+    pub tokens: Vec<u32>,
+    /// The logits of its last token, one for each token of the vocabulary.
+    pub logits: Vec<f32>,
 }
 
 impl MatrixReport {

@@ -32,6 +32,7 @@ pub(crate) fn report(layers: usize) -> Report {
         resumed_layers: 0,
         sensitivities: Vec::new(),
         layers: matrices.collect(),
+        logits: None,
     }
 }
 
