@@ -83,7 +83,8 @@ pub(crate) struct QuantizeArguments {
     /// The format of the checkpoint.
     #[arg(long, value_enum, default_value_t = FormatArgument::Gptq)]
     pub(super) format: FormatArgument,
-    /// What gptq files store: v1 the zero point minus one, as every reader expects; v2 the zero point.
+    /// What gptq files store: v1 the zero point minus one, which older readers expect; v2 the zero point, without which
+    /// gptqmodel and transformers refuse asymmetric files of other programs.
     #[arg(long, value_enum, default_value_t = VersionArgument::V1)]
     pub(super) gptq_version: VersionArgument,
     /// A UTF-8 text to measure perplexity on, before and after.
