@@ -223,6 +223,7 @@ impl Generation {
             return Ok(None); // tokens that were under way when a stop string ended the choice
         };
         let finish = match delivery.event {
+            RequestEvent::PromptLogprobs { .. } => return Ok(None),
             RequestEvent::Token { token_id, logprobs } => {
                 self.usage.completion_tokens += 1;
                 self.metrics.token(choice.last_token_at, delivery.sent_at);

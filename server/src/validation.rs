@@ -252,7 +252,7 @@ impl ValidRequest {
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
-        Request { prompt: prompt.token_ids.clone(), sampling, constraint: self.constraint.clone() }
+        Request { constraint: self.constraint.clone(), ..Request::new(prompt.token_ids.clone(), sampling) }
     }
 
     /// The tools that the model may call.

@@ -4,7 +4,7 @@
 /// distribution and generates 16 tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParameters {
-    /// Most tokens to generate, at least 1.
+    /// Most tokens to generate; 0 only with `prompt_logprobs`, when nothing else is wanted.
     pub max_tokens: usize,
     /// End-of-sequence and stop tokens are not sampled before this many tokens were generated.
     pub min_tokens: usize,
@@ -33,6 +33,9 @@ pub struct SamplingParameters {
     pub ignore_eos: bool,
     /// Report the log probability of each token, and of this many most likely tokens.
     pub logprobs: Option<usize>,
+    /// Report the log probability of each token of the prompt but the first, and of this many most likely tokens in
+    /// its place.
+    pub prompt_logprobs: Option<usize>,
 }
 
 impl Default for SamplingParameters {
@@ -52,6 +55,7 @@ impl Default for SamplingParameters {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
         }
     }
 }
@@ -78,11 +82,13 @@ pub struct TokenLogprob {
     pub logprob: f32,
 }
 
-/// Log probabilities at one position of a completion.
+/// Log probabilities at one position of a sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
-    /// Natural logarithm of the sampled token's probability under the model's own distribution.
+    /// Natural logarithm of the probability of the token that is there under the model's own distribution.
     pub logprob: f32,
+    /// Place of that token in the order of all tokens, from 1: most likely first, the lower id first among equals.
+    pub rank: usize,
     /// The most likely tokens, as many as asked for, most likely first (the lower id first among equals).
     pub top: Vec<TokenLogprob>,
 }
@@ -94,7 +100,9 @@ impl SamplingParameters {
     /// The first parameter outside its range: a number that is not finite, a token id that is not below
     /// `vocabulary_size`, `max_tokens` or `top_k` of 0, or a value outside the range in its description.
     pub fn check(&self, vocabulary_size: usize) -> Result<(), InvalidParameter> {
-        at_least_one("max_tokens", self.max_tokens)?;
+        if self.prompt_logprobs.is_none() {
+            at_least_one("max_tokens", self.max_tokens)?;
+        }
         at_least_one("top_k", self.top_k.unwrap_or(1))?;
         in_range("temperature", self.temperature, self.temperature >= 0.0, "a number of at least 0")?;
         in_range("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1")?;
@@ -110,14 +118,13 @@ impl SamplingParameters {
         for &token_id in &self.stop_token_ids {
             in_vocabulary("stop_token_ids", token_id, vocabulary_size)?;
         }
-        match self.logprobs {
-            Some(logprobs) if logprobs > vocabulary_size => Err(InvalidParameter {
-                parameter: "logprobs",
-                found: logprobs.to_string(),
-                expected: format!("at most the vocabulary size, {vocabulary_size}"),
-            }),
-            _ => Ok(()),
+        for (parameter, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if let Some(count) = count.filter(|&count| count > vocabulary_size) {
+                let expected = format!("at most the vocabulary size, {vocabulary_size}");
+                return Err(InvalidParameter { parameter, found: count.to_string(), expected });
+            }
         }
+        Ok(())
     }
 }
 

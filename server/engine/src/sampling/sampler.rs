@@ -11,6 +11,15 @@ use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
 use crate::constraint::{ConstraintError, TokenMask};
 use crate::sequence::Sequence;
 
+/// A row of logits, and what is wanted of it.
+#[derive(Clone, Copy)]
+pub(crate) enum LogitRow<'a> {
+    /// The next token.
+    Sample(SamplingRow<'a>),
+    /// Log probabilities of a token that is known, and of the `top` most likely ones.
+    Score { logits: &'a [f32], token_id: u32, top: usize },
+}
+
 /// What the token of one row depends on.
 #[derive(Clone, Copy)]
 pub(crate) struct SamplingRow<'a> {
@@ -41,9 +50,19 @@ impl<'a> SamplingRow<'a> {
     }
 }
 
-/// A sampled token.
+impl LogitRow<'_> {
+    /// The model's logits, one for each token of the vocabulary.
+    pub(crate) fn logits(&self) -> &[f32] {
+        match self {
+            Self::Sample(row) => row.logits,
+            Self::Score { logits, .. } => logits,
+        }
+    }
+}
+
+/// The token that follows a row.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct SampledToken {
+pub(crate) struct NextToken {
     pub(crate) token_id: u32,
     /// If the request asked for them.
     pub(crate) logprobs: Option<TokenLogprobs>,
@@ -79,8 +98,19 @@ pub(crate) struct Scratch {
 const IN_PROMPT: u32 = 1 << 31;
 
 impl Scratch {
+    /// Does what is wanted of a row.
+    pub(crate) fn run(&mut self, row: &LogitRow<'_>) -> Result<NextToken, SamplingError> {
+        match *row {
+            LogitRow::Sample(ref row) => self.sample(row),
+            LogitRow::Score { logits, token_id, top } => {
+                let logprobs = logprobs(logits, token_id as usize, top, &mut self.workspace)?;
+                Ok(NextToken { token_id, logprobs: Some(logprobs) })
+            }
+        }
+    }
+
     /// Samples the next token of `row`.
-    pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<SampledToken, SamplingError> {
+    pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<NextToken, SamplingError> {
         let allowed = row.allowed.map(Result::as_ref).transpose();
         let adjusts = self.adjust(row, allowed.map_err(|error| SamplingError::Constraint(error.clone()))?);
         let Self { adjusted, workspace, .. } = self;
@@ -94,7 +124,7 @@ impl Scratch {
             Some(top) => Some(logprobs(row.logits, token, top, workspace)?),
             None => None,
         };
-        Ok(SampledToken { token_id: token as u32, logprobs })
+        Ok(NextToken { token_id: token as u32, logprobs })
     }
 
     /// Writes the logits with masks, bias and penalties to `adjusted`; false if there are none.
@@ -184,7 +214,8 @@ fn logprobs(
     let mut distribution = Distribution::new(logits, 1.0, workspace).ok_or(SamplingError::NotFinite)?;
     let normalizer = distribution.log_normalizer();
     let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let rank = distribution.rank(token);
     let top = distribution.most_likely(top).iter();
     let top = top.map(|top| TokenLogprob { token_id: top.token, logprob: logprob(top.value) }).collect();
-    Ok(TokenLogprobs { logprob: logprob(logits[token]), top })
+    Ok(TokenLogprobs { logprob: logprob(logits[token]), rank, top })
 }

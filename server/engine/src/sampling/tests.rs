@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::{Strategy, any, prop, proptest};
 
 use super::distribution::{Distribution, Workspace};
-use super::sampler::{SampledToken, SamplingError, SamplingRow, Scratch};
+use super::sampler::{LogitRow, NextToken, SamplingError, SamplingRow, Scratch};
 use super::{Sampler, SamplingParameters, random};
 use crate::constraint::TokenMask;
 
@@ -176,6 +176,9 @@ proptest! {
         assert_eq!(distribution.most_likely_token(), tokens[0] as usize);
         let found: Vec<u32> = distribution.most_likely(count).iter().map(|found| found.token).collect();
         assert_eq!(found, tokens[..count.min(tokens.len())]);
+        for (place, &token) in tokens.iter().enumerate().step_by(7) {
+            assert_eq!(distribution.rank(token as usize), place + 1);
+        }
         let cut = (count > 0).then(|| distribution.top_k_cut(count)).flatten();
         let last = if count < tokens.len() && count > 0 { Some(tokens[count - 1]) } else { None };
         assert_eq!(cut.map(|cut| cut.token), last);
@@ -276,6 +279,7 @@ fn logprobs_are_the_model_s_own_whatever_the_sampling_changes() {
             (f64::from(found) - (f64::from(logits[token]) - normalizer)).abs() < 1e-5
         };
         assert!(close(logprobs.logprob, sampled.token_id as usize));
+        assert_eq!(tokens[logprobs.rank - 1], sampled.token_id as usize);
         let top: Vec<usize> = logprobs.top.iter().map(|top| top.token_id as usize).collect();
         assert_eq!(top, tokens[..7]);
         assert!(logprobs.top.iter().all(|top| close(top.logprob, top.token_id as usize)));
@@ -288,7 +292,7 @@ fn logprobs_are_the_model_s_own_whatever_the_sampling_changes() {
     assert_eq!(all.logprobs.map(|logprobs| logprobs.top.len()), Some(logits.len()));
     parameters.logprobs = None;
     let absent = Scratch::default().sample(&row(&logits, &parameters)).expect("a token");
-    assert_eq!(absent, SampledToken { token_id: none.token_id, logprobs: None });
+    assert_eq!(absent, NextToken { token_id: none.token_id, logprobs: None });
 }
 
 #[test]
@@ -358,7 +362,11 @@ fn rows_give_the_same_tokens_on_any_number_of_threads() {
         })
         .collect();
     assert!(rows.len() * 30_000 > 3 * super::LOGITS_PER_THREAD);
-    let alone: Vec<_> = rows.iter().map(|row| Scratch::default().sample(row)).collect();
+    let rows: Vec<LogitRow<'_>> = rows
+        .into_iter()
+        .flat_map(|row| [LogitRow::Sample(row), LogitRow::Score { logits: row.logits, token_id: 77, top: 3 }])
+        .collect();
+    let alone: Vec<_> = rows.iter().map(|row| Scratch::default().run(row)).collect();
     for threads in [0, 1, 3, 64] {
         assert_eq!(Sampler::new(threads).sample(&rows), alone);
     }

@@ -63,10 +63,11 @@ pub(crate) fn sampled(seed: u64) -> Request {
         stop_token_ids: vec![pick(10, 40) as u32],
         ignore_eos: pick(11, 2) == 0,
         logprobs: [None, Some(3)][pick(12, 2) as usize],
+        prompt_logprobs: [None, None, Some(2)][pick(15, 3) as usize],
     };
     let constraint: Option<Box<dyn TokenConstraint>> = match pick(14, 3) {
         0 => Some(Box::new(Alternating::default())),
         _ => None,
     };
-    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling, constraint }
+    Request { constraint, ..Request::new(prompt(1 + pick(13, 40) as usize, seed), sampling) }
 }
