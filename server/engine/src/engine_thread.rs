@@ -270,7 +270,14 @@ impl EngineThread {
         }
         state.stats = stats;
         state.received = self.received;
-        state.not_started = self.scheduler.not_started();
+        for tenant in self.scheduler.take_started() {
+            if let Some(waiting) = state.not_started.get_mut(&tenant) {
+                *waiting -= 1;
+                if *waiting == 0 {
+                    state.not_started.remove(&tenant);
+                }
+            }
+        }
         state.working_since = self.working_since;
     }
 
@@ -288,7 +295,7 @@ impl EngineThread {
         {
             let mut state = self.shared.state();
             state.received = self.received;
-            state.not_started = 0;
+            state.not_started.clear();
             state.working_since = None;
             state.stats.finished.failed += failed;
             state.stats.running = 0;

@@ -3,6 +3,7 @@
 //! A submission is checked on the caller's thread against limits that never change, and takes its place in
 //! the queue under one short lock, so that no caller ever waits for a step.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -26,7 +27,10 @@ pub struct EngineConfig {
     /// each running sequence this bounds the logits of a step, of `4 * vocabulary` bytes a row; larger values score
     /// prompts in fewer steps.
     pub max_prompt_logit_rows: usize,
-    /// Most requests that wait for their first step; more are refused.
+    /// Shares of tenants by name; 1 for others. A tenant of weight 3 gets three times the tokens of one of weight 1
+    /// while both have requests waiting.
+    pub tenant_weights: BTreeMap<String, u32>,
+    /// Most requests of a tenant that wait for their first step; more are refused.
     pub max_waiting_requests: usize,
     /// Share the KV blocks of equal prefixes, and keep those of ended sequences until their place is needed.
     /// Changes no token.
@@ -42,6 +46,7 @@ impl Default for EngineConfig {
             max_step_tokens: 2048,
             max_prefill_chunk_tokens: 512,
             max_prompt_logit_rows: 256,
+            tenant_weights: BTreeMap::new(),
             max_waiting_requests: 1024,
             prefix_caching: true,
             seed: 0,
@@ -71,7 +76,7 @@ pub enum SubmitError {
         /// The longest sequence that fits, prompt and completion together.
         maximum_tokens: usize,
     },
-    /// Too many requests wait already; one may be accepted later.
+    /// Too many requests of the tenant wait already; one may be accepted later.
     #[error("{waiting} requests wait already, at most {limit} may; try again later")]
     QueueFull {
         /// Requests that wait for their first step.
@@ -139,8 +144,8 @@ pub(crate) struct SharedState {
     pub(crate) submitted: u64,
     /// Submissions that the engine thread has taken from the channel.
     pub(crate) received: u64,
-    /// Of those, the ones that have not had their first step; as of the last publication.
-    pub(crate) not_started: usize,
+    /// By tenant: requests accepted that had neither their first step nor an end; as of the last publication.
+    pub(crate) not_started: BTreeMap<Arc<str>, usize>,
     /// When the last step completed, or when work arrived after idleness; absent when idle.
     pub(crate) working_since: Option<Instant>,
 }
@@ -153,7 +158,7 @@ impl Shared {
             stats,
             submitted: 0,
             received: 0,
-            not_started: 0,
+            not_started: BTreeMap::new(),
             working_since: None,
         };
         Self { limits, config, state: Mutex::new(state) }
@@ -198,18 +203,20 @@ impl EngineHandle {
             Health::Draining | Health::Stopped => return Err(SubmitError::ShuttingDown),
             Health::Failed { message } => return Err(SubmitError::EngineFailed { message: message.clone() }),
         }
-        let waiting = (state.submitted - state.received) as usize + state.not_started;
+        let waiting = state.not_started.get(&request.tenant).copied().unwrap_or(0);
         let limit = self.shared.config.max_waiting_requests;
         if waiting >= limit {
             return Err(SubmitError::QueueFull { waiting, limit });
         }
         let id = RequestId(state.submitted);
+        let tenant = Arc::clone(&request.tenant);
         let submission = Box::new(Submission { id, request, sink, submitted_at: Instant::now() });
         // Sent under the lock: ids arrive in order, and none arrives after the engine closed the door.
         if self.commands.send(Command::Submit(submission)).is_err() {
             return Err(SubmitError::ShuttingDown);
         }
         state.submitted += 1;
+        *state.not_started.entry(tenant).or_default() += 1;
         Ok(id)
     }
 

@@ -25,8 +25,10 @@ pub struct Request {
     pub sampling: SamplingParameters,
     /// Restricts the completion, at its beginning.
     pub constraint: Option<Box<dyn TokenConstraint>>,
-    /// Requests with lower numbers are served first.
+    /// Requests with lower numbers are served first, and take the place of running ones with higher numbers.
     pub priority: i32,
+    /// Whose it is: tenants share what the engine can do by their weights. There are few of them.
+    pub tenant: Arc<str>,
     /// Only requests with the same salt share keys and values of equal prefixes.
     pub cache_salt: Option<Arc<str>>,
 }
@@ -34,7 +36,8 @@ pub struct Request {
 impl Request {
     /// A request for a completion of `prompt` without anything else.
     pub fn new(prompt: Vec<u32>, sampling: SamplingParameters) -> Self {
-        Self { prompt, sampling, constraint: None, priority: 0, cache_salt: None }
+        let tenant = Arc::from("default");
+        Self { prompt, sampling, constraint: None, priority: 0, tenant, cache_salt: None }
     }
 }
 

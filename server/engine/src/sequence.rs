@@ -1,9 +1,10 @@
 //! One request inside the scheduler: its tokens, its KV blocks, and where it is in its life.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::blocks::{BlockId, BlockPool};
+use crate::blocks::{BlockId, BlockPool, Parent};
 use crate::constraint::{ConstraintError, TokenConstraint, TokenMask};
 use crate::request::{FinishReason, Request, RequestId};
 use crate::sampling::SamplingParameters;
@@ -45,6 +46,8 @@ pub(crate) struct Times {
 /// A request and what was computed of it.
 pub(crate) struct Sequence {
     pub(crate) id: RequestId,
+    pub(crate) priority: i32,
+    pub(crate) tenant: Arc<str>,
     pub(crate) sampling: SamplingParameters,
     /// Of its random numbers.
     pub(crate) seed: u64,
@@ -65,6 +68,8 @@ pub(crate) struct Sequence {
     /// Tokens that end it, sorted.
     stop_tokens: Vec<u32>,
     constraint: Option<Box<dyn TokenConstraint>>,
+    /// Whose blocks it shares.
+    cache_salt: Option<Arc<str>>,
     /// What the constraint allows as the next token.
     allowed: Option<Result<TokenMask, ConstraintError>>,
 }
@@ -78,7 +83,7 @@ impl Sequence {
         seed: u64,
         submitted: Duration,
     ) -> Self {
-        let Request { prompt, sampling, constraint, .. } = request;
+        let Request { prompt, sampling, constraint, priority, tenant, cache_salt } = request;
         // Nothing comes after the last token of the prompt that is known.
         let scored = if sampling.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
         let mut stop_tokens = sampling.stop_token_ids.clone();
@@ -89,6 +94,9 @@ impl Sequence {
         stop_tokens.dedup();
         Self {
             id,
+            priority,
+            tenant,
+            cache_salt,
             seed: sampling.seed.unwrap_or(seed),
             sampling,
             state: SequenceState::Waiting,
@@ -119,6 +127,11 @@ impl Sequence {
     /// The completion so far.
     pub(crate) fn completion(&self) -> &[u32] {
         &self.tokens[self.prompt_tokens..]
+    }
+
+    /// Whose blocks it shares.
+    pub(crate) fn cache_salt(&self) -> Option<&Arc<str>> {
+        self.cache_salt.as_ref()
     }
 
     /// Tokens that end it, sorted.
@@ -220,7 +233,10 @@ impl Sequence {
         let block_size = pool.block_size();
         while (self.named_blocks + 1) * block_size <= self.computed {
             let index = self.named_blocks;
-            let parent = index.checked_sub(1).map(|index| self.blocks[index]);
+            let parent = match index.checked_sub(1) {
+                Some(before) => Parent::Block(self.blocks[before]),
+                None => Parent::Root(self.cache_salt.clone()),
+            };
             let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
             self.blocks[index] = pool.name(parent, tokens, self.blocks[index]);
             self.named_blocks += 1;

@@ -93,8 +93,10 @@ fn a_full_queue_refuses_and_accepts_again_later() {
     assert_eq!(handle.stats().waiting, 2, "those that the engine has not taken yet count too");
     let refused = Stream::submit(&handle, greedy(vec![4], 3)).err();
     assert_eq!(refused, Some(SubmitError::QueueFull { waiting: 2, limit: 2 }));
+    let of_another = Request { tenant: "another".into(), ..greedy(vec![4], 3) };
+    let fourth = Stream::submit(&handle, of_another).expect("the queue of one tenant does not stop another");
     drop(gate);
-    for stream in [first, second, third] {
+    for stream in [first, second, third, fourth] {
         stream.finish();
     }
     assert!(Stream::submit(&handle, greedy(vec![4], 3)).is_ok());

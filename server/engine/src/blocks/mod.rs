@@ -8,8 +8,9 @@
 mod prefix_tree;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-pub(crate) use prefix_tree::PrefixTree;
+pub(crate) use prefix_tree::{Parent, PrefixTree};
 
 /// Number of one KV block, below [`crate::RunnerLimits::blocks`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,9 +83,13 @@ impl BlockPool {
         Some(block)
     }
 
-    /// The blocks of the longest prefix of `tokens` that is computed already; nobody holds them for it yet.
-    pub(crate) fn cached_prefix(&self, tokens: &[u32]) -> impl Iterator<Item = BlockId> {
-        self.tree.prefix(tokens, self.block_size)
+    /// The blocks of the longest prefix of `tokens` that is computed already under `salt`; nobody holds them for it yet.
+    pub(crate) fn cached_prefix(
+        &self,
+        salt: Option<&Arc<str>>,
+        tokens: &[u32],
+    ) -> impl Iterator<Item = BlockId> {
+        self.tree.prefix(salt, tokens, self.block_size)
     }
 
     /// Makes the caller one more holder of a named block.
@@ -99,8 +104,8 @@ impl BlockPool {
     /// Names a block that the caller holds and that is full and computed: `tokens` after `parent`, which the
     /// caller holds too. If there is such a block already the caller gets that instead, which holds the same:
     /// keys and values depend on nothing but the tokens.
-    pub(crate) fn name(&mut self, parent: Option<BlockId>, tokens: &[u32], block: BlockId) -> BlockId {
-        let Some(named) = self.tree.child(parent, tokens) else {
+    pub(crate) fn name(&mut self, parent: Parent, tokens: &[u32], block: BlockId) -> BlockId {
+        let Some(named) = self.tree.child(&parent, tokens) else {
             self.tree.insert(parent, tokens, block);
             return block;
         };

@@ -1,7 +1,10 @@
 //! What must hold after every call of the scheduler; checked in tests and in the simulation.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use super::{Scheduler, StepPlan};
-use crate::blocks::BlockId;
+use crate::blocks::{BlockId, Parent};
 use crate::sequence::SequenceState;
 
 /// Checks everything that can be seen between two calls.
@@ -13,8 +16,19 @@ pub(super) fn check(scheduler: &Scheduler) {
     check_names(scheduler);
     let Scheduler { config, running, waiting, in_flight, pool, .. } = scheduler;
     let block_size = pool.block_size();
-    let ids: Vec<_> = running.iter().chain(waiting).map(|sequence| sequence.id).collect();
-    assert!(ids.is_sorted_by(|a, b| a < b), "running sequences, then waiting ones, are in order of arrival");
+    let mut lines = BTreeMap::new();
+    for sequence in running.iter().chain(waiting.lines().flatten()) {
+        let line = (sequence.priority, Arc::clone(&sequence.tenant));
+        let before = lines.insert(line, sequence.id);
+        assert!(
+            before.is_none_or(|before| before < sequence.id),
+            "of one tenant and priority, running sequences and then waiting ones are in the order of arrival"
+        );
+    }
+    assert!(
+        in_flight.is_some() || running.is_sorted_by_key(|sequence| sequence.priority),
+        "those who must make way come last"
+    );
     assert!(running.len() <= config.max_running_sequences, "no more run than may");
     assert!(running.len() <= config.max_step_tokens, "every running sequence can have a token in a step");
     for sequence in running {
@@ -31,13 +45,12 @@ pub(super) fn check(scheduler: &Scheduler) {
         assert!(places < tokens + block_size, "no block is held before it is needed");
         assert!(sequence.times.started.is_some(), "a running sequence has started");
     }
-    for sequence in waiting {
+    let waiting = || waiting.lines().flatten();
+    for sequence in waiting() {
         assert_eq!(sequence.state, SequenceState::Waiting, "of {:?} in the queue", sequence.id);
         assert!(sequence.blocks.is_empty() && sequence.computed == 0, "a waiting sequence holds nothing");
     }
-    let started = |index: usize| waiting[index].times.started.is_some();
-    let not_started = (0..waiting.len()).filter(|&index| !started(index)).count();
-    assert_eq!(scheduler.not_started(), not_started, "preempted sequences are before new ones");
+    assert_eq!(scheduler.waiting.len(), waiting().count(), "every waiting sequence stands in a line");
 }
 
 fn check_blocks(scheduler: &Scheduler) {
@@ -69,10 +82,10 @@ fn check_names(scheduler: &Scheduler) {
     for sequence in &scheduler.running {
         let named = &sequence.blocks[..sequence.named_blocks];
         assert!(named.len() * block_size <= sequence.computed, "named blocks are computed");
-        let mut parent = None;
+        let mut parent = Parent::Root(sequence.cache_salt().cloned());
         for (&block, tokens) in named.iter().zip(sequence.tokens().chunks_exact(block_size)) {
-            assert_eq!(pool.tree().child(parent, tokens), Some(block), "a name leads to its block");
-            parent = Some(block);
+            assert_eq!(pool.tree().child(&parent, tokens), Some(block), "a name leads to its block");
+            parent = Parent::Block(block);
         }
         let unnamed = &sequence.blocks[sequence.named_blocks..];
         assert!(unnamed.iter().all(|&block| !pool.tree().is_named(block)), "others have no name");
@@ -88,7 +101,7 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
     let (batch, block_size) = (&plan.batch, pool.block_size());
     assert_eq!(Some(plan.step), *in_flight, "the plan is in flight");
     assert!(batch.token_ids.len() <= config.max_step_tokens, "the plan is within the budget");
-    assert!(plan.entries.iter().any(|planned| planned.running == 0), "the oldest sequence gets on");
+    assert!(plan.entries.iter().any(|planned| planned.running == 0), "the first sequence gets on");
     assert_eq!(plan.entries.len(), batch.sequences.len(), "one entry for each sequence of the batch");
     let mut planned_times = vec![0; running.len()];
     let (mut next_row, mut logit_rows) = (0, Vec::new());

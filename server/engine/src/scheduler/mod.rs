@@ -5,22 +5,24 @@
 //! here: the same calls give the same plans.
 //!
 //! A step, within `max_step_tokens`:
-//! 1. *Decode first*: every running sequence with one token to compute gets it, oldest first. If it needs a
-//!    block and none is free, the **youngest** running sequence is preempted: its blocks are freed at once, it
-//!    goes back to the head of the queue, and will compute its tokens again. It may be the needy one itself.
-//! 2. *Prefill*: running sequences with more to compute get chunks of it, oldest first. Rows whose logits are
-//!    wanted for log probabilities of a prompt have a budget of their own, `max_prompt_logit_rows`, which cuts chunks:
-//!    so a step never has more than that and one for each running sequence.
-//! 3. *Admission*: sequences enter from the head of the queue, strictly in the order of arrival, each with
-//!    blocks for all tokens it knows, so that a prefill never waits for a block; one more block for each
-//!    running sequence must stay free, so that the newcomer is not preempted at once. Full blocks of the
-//!    sequence's prefix that the cache has already are shared, not computed, unless log probabilities of its prompt
-//!    are wanted.
+//! 0. *Making way*: if whoever is next in the [queue] has priority over running sequences and does not fit beside
+//!    them, those of the lowest priority are preempted for it, if that is enough: their blocks are freed, they go
+//!    back to the queue, and will compute their tokens again.
+//! 1. *Decode first*: every running sequence with one token to compute gets it. If it needs a block and none is
+//!    free, the **last** running sequence is preempted: of the lowest priority the one admitted last. It may be the
+//!    needy one itself.
+//! 2. *Prefill*: running sequences with more to compute get chunks of it, in order. Rows whose logits are wanted for
+//!    log probabilities of prompts have a budget of their own.
+//! 3. *Admission*: sequences enter in the order of the queue and nobody overtakes, each with blocks for all tokens it
+//!    knows, so that a prefill never waits for a block; one more block for each running sequence must stay free, so
+//!    that the newcomer is not preempted at once. Full blocks of the sequence's prefix that the cache has already
+//!    are shared, not computed, except for prompts whose tokens' logits are wanted.
 //!
-//! Why nothing starves: every running sequence is older than every waiting one (admission takes the oldest,
-//! preemption the youngest), so the oldest of all runs, is never preempted (alone it fits the cache: `submit`
-//! demands it) and computes at least a token in every step: no more than `max_step_tokens` sequences run, so
-//! decoding ones always leave a token to the oldest prefill, which has the first of the logit rows, too.
+//! Why nothing starves within a priority: the first running sequence is never preempted but by a higher priority
+//! (alone it fits the cache: `submit` demands it) and computes at least a token in every step: no more than
+//! `max_step_tokens` sequences run, so decoding ones always leave a token to the first prefill, which has the first of
+//! the logit rows, too. So running sequences end, and whoever is next in the queue gets in; the queue is fair. Under a
+//! stream of higher priority lower ones do wait.
 //!
 //! Blocks go back when a sequence ends in `complete`, or in `schedule` and `abort` if no step is in flight:
 //! never while a step that may write to them is.
@@ -28,16 +30,18 @@
 #[cfg(test)]
 mod invariants;
 mod plan;
+mod queue;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use plan::{Effect, EffectKind, StepId, StepOutput, StepPlan};
 
+use self::queue::Queue;
 use crate::blocks::{BlockId, BlockPool};
 use crate::handle::EngineConfig;
 use crate::request::{FinishReason, Request, RequestId};
@@ -59,10 +63,13 @@ pub(crate) struct Scheduler {
     config: EngineConfig,
     eos_token_ids: Vec<u32>,
     pool: BlockPool,
-    /// Oldest first; all younger than the running ones.
-    waiting: VecDeque<Sequence>,
-    /// Oldest first.
+    waiting: Queue,
+    /// By priority, then in the order of admission; sequences admitted to the step in flight stand at the end.
     running: Vec<Sequence>,
+    /// Tenants of requests that have started or ended since somebody asked.
+    started: Vec<Arc<str>>,
+    /// The last id that was submitted.
+    last_id: Option<RequestId>,
     next_step: StepId,
     in_flight: Option<StepId>,
     /// The last plan, and blocks that were looked up, for their memory.
@@ -78,8 +85,10 @@ impl Scheduler {
             config: config.clone(),
             eos_token_ids: limits.eos_token_ids.clone(),
             pool: BlockPool::new(limits.blocks, limits.block_size),
-            waiting: VecDeque::new(),
+            waiting: Queue::new(&config.tenant_weights),
             running: Vec::new(),
+            started: Vec::new(),
+            last_id: None,
             next_step: StepId(0),
             in_flight: None,
             spare_plan: StepPlan::default(),
@@ -95,27 +104,25 @@ impl Scheduler {
     pub(crate) fn submit(&mut self, id: RequestId, request: Request, submitted: Duration) {
         let seed = random::derived_seed(self.config.seed, id.0);
         let sequence = Sequence::new(id, request, &self.eos_token_ids, seed, submitted);
-        let youngest = self.waiting.back().or(self.running.last());
-        assert!(
-            youngest.is_none_or(|youngest| youngest.id < id),
-            "requests arrive in the order of their ids"
-        );
+        assert!(self.last_id.replace(id) < Some(id), "requests arrive in the order of their ids");
         assert!(sequence.remaining() > 0, "a request has a prompt");
         assert!(
             sequence.maximum_cached_tokens() <= self.pool.total() * self.pool.block_size(),
             "an accepted request fits the cache"
         );
-        self.waiting.push_back(sequence);
+        self.waiting.push(sequence);
     }
 
     /// Ends a request: at once, or if a step is in flight and it is running, when that step completes.
     /// Nothing if it has ended already.
     pub(crate) fn abort(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
-        if let Ok(index) = self.waiting.binary_search_by_key(&id, |sequence| sequence.id) {
-            let sequence = self.waiting.remove(index);
-            effects.extend(sequence.map(|sequence| finish(&sequence, FinishReason::Aborted, None)));
+        if let Some(sequence) = self.waiting.remove(id) {
+            if sequence.times.started.is_none() {
+                self.started.push(Arc::clone(&sequence.tenant));
+            }
+            effects.push(finish(&sequence, FinishReason::Aborted, None));
             self.counters.finished.aborted += 1;
-        } else if let Ok(index) = self.running.binary_search_by_key(&id, |sequence| sequence.id) {
+        } else if let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
             if let Some(after) = self.in_flight {
                 self.running[index].state = SequenceState::Ending { after };
             } else {
@@ -139,6 +146,7 @@ impl Scheduler {
             tokens: self.config.max_step_tokens,
             prompt_logit_rows: self.config.max_prompt_logit_rows,
         };
+        self.make_way();
         self.plan_decodes(&mut plan, &mut budget);
         self.plan_prefills(&mut plan, &mut budget);
         self.admit(now, &mut plan, &mut budget);
@@ -162,8 +170,8 @@ impl Scheduler {
         }
     }
 
-    /// Finds a place in the cache for the next token of a running sequence, at the cost of younger ones;
-    /// false when there is none younger and the sequence itself was preempted.
+    /// Finds a place in the cache for the next token of a running sequence, at the cost of those after it; false when
+    /// there is none and the sequence itself was preempted.
     fn has_room_for_one(&mut self, index: usize) -> bool {
         let sequence = &self.running[index];
         if sequence.computed < sequence.blocks.len() * self.pool.block_size() {
@@ -174,18 +182,55 @@ impl Scheduler {
                 self.running[index].blocks.push(block);
                 return true;
             }
-            self.preempt_youngest();
+            self.preempt_last();
         }
         false
     }
 
-    fn preempt_youngest(&mut self) {
+    fn preempt_last(&mut self) {
         if let Some(mut sequence) = self.running.pop() {
             sequence.release(&mut self.pool);
-            sequence.state = SequenceState::Waiting;
-            self.waiting.push_front(sequence);
+            self.waiting.put_back(sequence);
             self.counters.preemptions += 1;
         }
+    }
+
+    /// Preempts sequences for the next one in the queue if it has priority over them and their places are enough.
+    fn make_way(&mut self) {
+        let Some(priority) = self.waiting.front().map(|next| next.priority) else { return };
+        let first = self.running.partition_point(|sequence| sequence.priority <= priority);
+        let blocks = self.running[first..].iter().flat_map(|sequence| &sequence.blocks);
+        let own_blocks = blocks.filter(|&&block| self.pool.holders(block) == 1).count();
+        if first < self.most_running() && self.blocks_for_next() + first <= self.pool.available() + own_blocks
+        {
+            while self.running.len() > first && !self.has_room_for_next() {
+                self.preempt_last();
+            }
+        }
+    }
+
+    fn most_running(&self) -> usize {
+        self.config.max_running_sequences.min(self.config.max_step_tokens)
+    }
+
+    /// Looks the next sequence in the queue up in the cache, into `cached_prefix`, and counts the blocks it takes from
+    /// those that are available.
+    fn blocks_for_next(&mut self) -> usize {
+        self.cached_prefix.clear();
+        let Some(next) = self.waiting.front() else { return 0 };
+        if self.config.prefix_caching && next.reads_cache() {
+            // The last token is computed in any case: its logits are wanted.
+            let known = &next.tokens()[..next.tokens().len() - 1];
+            self.cached_prefix.extend(self.pool.cached_prefix(next.cache_salt(), known));
+        }
+        let held_by_others = self.cached_prefix.iter().filter(|&&block| self.pool.holders(block) > 0);
+        next.tokens().len().div_ceil(self.pool.block_size()) - held_by_others.count()
+    }
+
+    /// Whether the next sequence in the queue can run beside those that do; looks it up in the cache.
+    fn has_room_for_next(&mut self) -> bool {
+        self.running.len() < self.most_running()
+            && self.blocks_for_next() + self.running.len() <= self.pool.available()
     }
 
     fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
@@ -198,21 +243,9 @@ impl Scheduler {
     }
 
     fn admit(&mut self, now: Duration, plan: &mut StepPlan, budget: &mut Budget) {
-        let most_running = self.config.max_running_sequences.min(self.config.max_step_tokens);
-        while budget.tokens > 0 && self.running.len() < most_running {
+        while budget.tokens > 0 {
             let Some(next) = self.waiting.front() else { return };
-            if next.computable_within(budget.prompt_logit_rows) == 0 {
-                return;
-            }
-            self.cached_prefix.clear();
-            if self.config.prefix_caching && next.reads_cache() {
-                // The last token is computed in any case: its logits are wanted.
-                let known = &next.tokens()[..next.tokens().len() - 1];
-                self.cached_prefix.extend(self.pool.cached_prefix(known));
-            }
-            let held_by_others = self.cached_prefix.iter().filter(|&&block| self.pool.holders(block) > 0);
-            let blocks = next.tokens().len().div_ceil(self.pool.block_size()) - held_by_others.count();
-            if blocks + self.running.len() > self.pool.available() {
+            if next.computable_within(budget.prompt_logit_rows) == 0 || !self.has_room_for_next() {
                 return;
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
@@ -225,6 +258,8 @@ impl Scheduler {
             if sequence.times.started.is_none() {
                 sequence.times.started = Some(now);
                 self.counters.queue_seconds.observe_between(sequence.times.submitted, now);
+                self.started.push(Arc::clone(&sequence.tenant));
+                self.waiting.charge_prompt(&sequence.tenant, sequence.remaining());
             }
             let running = self.running.len();
             plan_chunk(plan, running, &sequence, self.config.max_prefill_chunk_tokens, budget);
@@ -250,12 +285,14 @@ impl Scheduler {
                 sequence.name_full_blocks(&mut self.pool);
             }
             if sequence.state == SequenceState::Running {
+                let before = sequence.completion().len();
                 let outcome = Outcome {
                     next_tokens: &next_tokens[logit_row..logit_row + planned.logits],
                     scored: planned.scored(),
                     first_logit_row: logit_row,
                 };
                 take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
+                self.waiting.charge_completion(&sequence.tenant, sequence.completion().len() - before);
             }
             logit_row += planned.logits;
         }
@@ -269,10 +306,11 @@ impl Scheduler {
             sequence.release(&mut self.pool);
             false
         });
+        self.running.sort_by_key(|sequence| sequence.priority);
         self.spare_plan = plan;
     }
 
-    /// Running sequences, oldest first: what a plan's entries point into.
+    /// Running sequences: what a plan's entries point into.
     pub(crate) fn running(&self) -> &[Sequence] {
         &self.running
     }
@@ -297,9 +335,9 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Requests that have not had their first step. Preempted ones are older than these, so before them.
-    pub(crate) fn not_started(&self) -> usize {
-        self.waiting.len() - self.waiting.partition_point(|sequence| sequence.times.started.is_some())
+    /// The tenants of requests that had their first step, or ended without one, since the last call.
+    pub(crate) fn take_started(&mut self) -> impl Iterator<Item = Arc<str>> {
+        self.started.drain(..)
     }
 
     /// The counters now.

@@ -20,18 +20,33 @@ use crate::stats::EngineStats;
 
 const EOS: u32 = 0;
 const STOP: u32 = 1;
+/// Different priorities, from 0.
+const PRIORITIES: u64 = 3;
 
 /// One thing that happens to a scheduler.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    /// A request arrives; lengths are cut to what fits. Prompts of a family begin alike.
-    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool, scores: bool },
+    /// A request arrives; lengths are cut to what fits.
+    Submit(Arrival),
     /// A request is aborted, counted back from the youngest; it may have ended already.
     Abort { back: u64 },
     /// The step in flight completes, or the next one is planned.
     Turn,
     /// As `Turn`, and if a step completes, the first of its rows cannot be sampled.
     FailingTurn,
+}
+
+/// A request that arrives.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    /// Prompts of a family begin alike.
+    family: u64,
+    prompt_tokens: usize,
+    max_tokens: usize,
+    ignore_eos: bool,
+    scores: bool,
+    tenant: u64,
+    priority: i32,
 }
 
 /// What the owner of a request has seen of it, and what it may see.
@@ -54,6 +69,8 @@ struct World {
     submitted: u64,
     ended: u64,
     completed_steps: u64,
+    /// Whether all requests so far are of one tenant and priority.
+    first_come_first_served: bool,
     /// Of the logit rows of the last step: the position of each.
     logit_positions: Vec<usize>,
     /// Of every plan and effect so far.
@@ -91,6 +108,7 @@ impl World {
             submitted: 0,
             ended: 0,
             completed_steps: 0,
+            first_come_first_served: true,
             logit_positions: Vec::new(),
             digest: DefaultHasher::new(),
             maximum_tokens: blocks * block_size + 1,
@@ -102,11 +120,7 @@ impl World {
     fn apply(&mut self, event: Event) {
         let mut effects = Vec::new();
         match event {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores } => {
-                // What is not scored generates one token at least.
-                let max_tokens = max_tokens + usize::from(!scores);
-                self.submit(family, prompt_tokens, max_tokens, ignore_eos, scores);
-            }
+            Event::Submit(arrival) => self.submit(arrival),
             Event::Abort { back } => {
                 let id = RequestId(self.submitted.saturating_sub(1 + back));
                 self.scheduler.abort(id, &mut effects);
@@ -130,15 +144,11 @@ impl World {
         }
     }
 
-    fn submit(
-        &mut self,
-        family: u64,
-        prompt_tokens: usize,
-        max_tokens: usize,
-        ignore_eos: bool,
-        scores: bool,
-    ) {
-        let prompt_tokens = prompt_tokens.min(self.maximum_tokens - 1);
+    fn submit(&mut self, arrival: Arrival) {
+        let Arrival { family, ignore_eos, scores, tenant, priority, .. } = arrival;
+        let prompt_tokens = arrival.prompt_tokens.min(self.maximum_tokens - 1);
+        // What is not scored generates one token at least.
+        let max_tokens = arrival.max_tokens + usize::from(!scores);
         let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
         let id = RequestId(self.submitted);
         self.submitted += 1;
@@ -153,11 +163,25 @@ impl World {
             prompt_logprobs: scores.then_some(0),
             ..Default::default()
         };
-        self.scheduler.submit(id, Request::new(prompt, sampling), Duration::ZERO);
-        // The oldest request gets on with every step, and never has to start again: each one ahead delays
-        // this one by at most its own tokens. One step may be in flight already.
+        let request = Request {
+            priority,
+            tenant: format!("tenant {tenant}").into(),
+            cache_salt: (family == 2).then(|| "salt".into()),
+            ..Request::new(prompt, sampling)
+        };
+        self.scheduler.submit(id, request, Duration::ZERO);
+        // Among equals the first gets on with every step, and never has to start again: each one ahead delays this
+        // one by at most its own tokens. One step may be in flight already.
+        self.first_come_first_served &= tenant == 0 && priority == 0;
         let ahead: usize = self.owners.values().map(|owner| owner.prompt_tokens + owner.max_tokens).sum();
-        let ends_by_step = self.completed_steps + (ahead + prompt_tokens + max_tokens) as u64 + 1;
+        let everything = (ahead + prompt_tokens + max_tokens) as u64 + 1;
+        let mut ends_by_step = self.completed_steps + everything;
+        if !self.first_come_first_served {
+            // Later arrivals may go first; without more of them all ends. What made way starts again, once for each
+            // change of priority.
+            ends_by_step = self.completed_steps + PRIORITIES * everything;
+            self.owners.values_mut().for_each(|owner| owner.ends_by_step = ends_by_step);
+        }
         let unscored = 0..if scores { prompt_tokens - 1 } else { 0 };
         self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, ends_by_step });
     }
@@ -288,16 +312,19 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
     };
     let (blocks, block_size) = (1 + below(24) as usize, 1 + below(5) as usize);
     let (arrivals, aborts) = (1 + below(30), below(12));
+    let (tenants, priorities) = (1 + below(3), 1 + below(PRIORITIES));
     let mut world = World::new(blocks, block_size, &config);
     for _ in 0..events {
         let event = match below(100) {
-            at if at < arrivals => Event::Submit {
+            at if at < arrivals => Event::Submit(Arrival {
                 family: below(3),
                 prompt_tokens: 1 + below(30) as usize,
                 max_tokens: below(30) as usize,
                 ignore_eos: below(2) == 0,
                 scores: below(4) == 0,
-            },
+                tenant: below(tenants),
+                priority: below(priorities) as i32,
+            }),
             at if at < arrivals + aborts => Event::Abort { back: below(20) },
             99 => Event::FailingTurn,
             _ => Event::Turn,
@@ -343,10 +370,11 @@ fn the_same_calls_give_the_same_plans_and_effects() {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let submit = (0..3u64, 1..20usize, 0..20usize, any::<bool>(), any::<bool>());
+    let lengths = (1..20usize, 0..20usize);
+    let submit = (0..3u64, lengths, any::<bool>(), any::<bool>(), 0..2u64, 0..PRIORITIES as i32);
     proptest::prop_oneof![
-        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos, scores)| {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores }
+        2 => submit.prop_map(|(family, (prompt_tokens, max_tokens), ignore_eos, scores, tenant, priority)| {
+            Event::Submit(Arrival { family, prompt_tokens, max_tokens, ignore_eos, scores, tenant, priority })
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
         6 => proptest::strategy::Just(Event::Turn),

@@ -1,5 +1,7 @@
 //! The scheduler's rules, one by one.
 
+mod sharing;
+
 use std::time::Duration;
 
 use super::invariants::{check, check_plan};
@@ -121,7 +123,6 @@ fn the_youngest_is_preempted_and_computes_prompt_and_completion_again() {
     assert_eq!(step(&mut scheduler), [(0, 1)], "0 needs a fourth block: 1 gives its three");
     let stats = scheduler.stats();
     assert_eq!((stats.preemptions, stats.running, stats.waiting), (1, 1, 1));
-    assert_eq!(scheduler.not_started(), 0, "a preempted request has started");
     for _ in 0..11 {
         assert_eq!(step(&mut scheduler), [(0, 1)]);
     }
@@ -194,6 +195,7 @@ fn an_abort_between_steps_or_in_the_queue_ends_the_request_at_once() {
     assert!(scheduler.is_idle());
     assert_eq!(scheduler.stats().kv_blocks_used, 0);
     assert_eq!(scheduler.stats().finished.aborted, 2);
+    assert_eq!(scheduler.take_started().count(), 2, "each leaves the ranks of those not started once");
     assert!(scheduler.schedule(Duration::ZERO).is_none());
 }
 
