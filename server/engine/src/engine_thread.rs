@@ -140,13 +140,13 @@ impl EngineThread {
         for (planned, batch_rows) in plan.entries.iter().zip(&plan.batch.sequences) {
             let sequence = &self.scheduler.running()[planned.running];
             let end = batch_rows.first_position + planned.tokens;
-            let next_known = sequence.tokens().iter().skip(end + 1 - planned.logits);
+            let next_known = sequence.tokens_and_draft().iter().skip(end + 1 - planned.logits);
             for &token_id in next_known.take(planned.scored()) {
                 let top = sequence.sampling.prompt_logprobs.unwrap_or(0);
                 rows.push(LogitRow::Score { logits: logits.row(rows.len()), token_id, top });
             }
-            if planned.samples {
-                rows.push(LogitRow::Sample(SamplingRow::new(sequence, logits.row(rows.len()))));
+            for drafted in (0..=planned.draft_tokens).take_while(|_| planned.samples) {
+                rows.push(LogitRow::Sample(SamplingRow::new(sequence, drafted, logits.row(rows.len()))));
             }
         }
         let sampled = self.sampler.sample(&rows);

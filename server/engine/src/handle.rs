@@ -27,6 +27,12 @@ pub struct EngineConfig {
     /// each running sequence this bounds the logits of a step, of `4 * vocabulary` bytes a row; larger values score
     /// prompts in fewer steps.
     pub max_prompt_logit_rows: usize,
+    /// Most tokens of a sequence that a step computes on the guess that it repeats itself (prompt lookup); 0 for none.
+    /// Changes no token. A sequence with a constraint makes no guesses.
+    pub max_draft_tokens: usize,
+    /// Most tokens of a step, decoded ones and guesses together, up to which guesses are made: they pay while a step
+    /// takes as long for a few tokens as for one.
+    pub max_step_tokens_with_drafts: usize,
     /// Shares of tenants by name; 1 for others. A tenant of weight 3 gets three times the tokens of one of weight 1
     /// while both have requests waiting.
     pub tenant_weights: BTreeMap<String, u32>,
@@ -46,6 +52,8 @@ impl Default for EngineConfig {
             max_step_tokens: 2048,
             max_prefill_chunk_tokens: 512,
             max_prompt_logit_rows: 256,
+            max_draft_tokens: 0,
+            max_step_tokens_with_drafts: 16,
             tenant_weights: BTreeMap::new(),
             max_waiting_requests: 1024,
             prefix_caching: true,

@@ -12,6 +12,7 @@ mod engine_thread;
 mod handle;
 mod ledger;
 mod model_runner;
+mod prompt_lookup;
 mod request;
 mod runner;
 mod sampling;

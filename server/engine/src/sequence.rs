@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::blocks::{BlockId, BlockPool, Parent};
 use crate::constraint::{ConstraintError, TokenConstraint, TokenMask};
+use crate::prompt_lookup::PromptLookup;
 use crate::request::{FinishReason, Request, RequestId};
 use crate::sampling::SamplingParameters;
 use crate::scheduler::StepId;
@@ -60,8 +61,12 @@ pub(crate) struct Sequence {
     pub(crate) times: Times,
     /// Positions of the prompt whose logits are still wanted, for the log probability of the token after each.
     unscored: Range<usize>,
-    /// The prompt, then the completion.
+    /// The prompt, then the completion, then a draft of what follows while a step computes it.
     tokens: Vec<u32>,
+    /// Tokens of the draft.
+    draft_tokens: usize,
+    /// Makes drafts, for sequences that may have one.
+    lookup: Option<PromptLookup>,
     prompt_tokens: usize,
     /// Prompt tokens that were in the cache at least once: what preemption computes again is not new.
     prompt_tokens_counted: usize,
@@ -108,6 +113,8 @@ impl Sequence {
             prompt_tokens: prompt.len(),
             prompt_tokens_counted: 0,
             tokens: prompt,
+            draft_tokens: 0,
+            lookup: None,
             stop_tokens,
             constraint,
             allowed: None,
@@ -116,7 +123,47 @@ impl Sequence {
 
     /// The prompt, then the completion so far.
     pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - self.draft_tokens]
+    }
+
+    /// What a step computes: the same, and then the draft.
+    pub(crate) fn tokens_and_draft(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// The completion so far and the first tokens of the draft, as many as `drafted`.
+    pub(crate) fn completion_with(&self, drafted: usize) -> &[u32] {
+        &self.tokens[self.prompt_tokens..self.tokens().len() + drafted]
+    }
+
+    /// Tokens of the draft.
+    pub(crate) fn draft_tokens(&self) -> usize {
+        self.draft_tokens
+    }
+
+    /// Makes a draft of at most `most` tokens, none of them beyond the last token that the request may feed back.
+    pub(crate) fn draft(&mut self, most: usize, longest: usize) {
+        if self.is_constrained() || longest == 0 {
+            return;
+        }
+        let to_feed_back = self.sampling.max_tokens.saturating_sub(self.completion().len() + 1);
+        let known = self.tokens.len();
+        let lookup = self.lookup.get_or_insert_with(|| PromptLookup::new(longest));
+        lookup.draft(&mut self.tokens, most.min(to_feed_back));
+        self.draft_tokens = self.tokens.len() - known;
+    }
+
+    /// Takes the draft back; returns it. What sampling confirms of it is appended again, token by token.
+    pub(crate) fn take_draft(&mut self) -> Vec<u32> {
+        self.tokens.split_off(self.tokens.len() - std::mem::take(&mut self.draft_tokens))
+    }
+
+    /// Learns how many tokens of a draft were right: their keys and values are in the blocks.
+    pub(crate) fn confirm(&mut self, drafted: usize, right: usize) {
+        self.computed += right;
+        if let Some(lookup) = &mut self.lookup {
+            lookup.learn(drafted, right);
+        }
     }
 
     /// The prompt.
@@ -126,7 +173,7 @@ impl Sequence {
 
     /// The completion so far.
     pub(crate) fn completion(&self) -> &[u32] {
-        &self.tokens[self.prompt_tokens..]
+        self.completion_with(0)
     }
 
     /// Whose blocks it shares.
@@ -159,7 +206,7 @@ impl Sequence {
     /// Known tokens that must be computed before the next one can be sampled: 1 while decoding, more for a
     /// prompt, or for what a preemption threw away. Never 0 between steps.
     pub(crate) fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.tokens().len() - self.computed
     }
 
     /// Tokens that its place in the cache must hold at the end of its life: the last token is never fed back.
@@ -240,6 +287,14 @@ impl Sequence {
             let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
             self.blocks[index] = pool.name(parent, tokens, self.blocks[index]);
             self.named_blocks += 1;
+        }
+    }
+
+    /// Lets go of the blocks that a draft was given and that no known token needs.
+    pub(crate) fn release_unused(&mut self, pool: &mut BlockPool) {
+        let needed = self.tokens.len().div_ceil(pool.block_size());
+        if needed < self.blocks.len() {
+            pool.release(&mut self.blocks.split_off(needed));
         }
     }
 

@@ -82,6 +82,12 @@ pub struct EngineStats {
     pub prefix_cache_hits: u64,
     /// Tokens generated.
     pub generation_tokens: u64,
+    /// Sequences in steps that were computed with a draft.
+    pub drafts: u64,
+    /// Tokens of these drafts.
+    pub draft_tokens: u64,
+    /// By place in a draft, from its first token: those that were right.
+    pub accepted_draft_tokens: Vec<u64>,
     /// Steps completed.
     pub steps: u64,
     /// While there is work: time since the last step completed or since the work arrived, whichever is
@@ -114,6 +120,9 @@ impl EngineStats {
             prefix_cache_queries: 0,
             prefix_cache_hits: 0,
             generation_tokens: 0,
+            drafts: 0,
+            draft_tokens: 0,
+            accepted_draft_tokens: Vec::new(),
             steps: 0,
             last_step_age: None,
             finished: FinishedCounts::default(),

@@ -95,18 +95,21 @@ fn greedy_completions_are_those_of_the_script() {
 }
 
 #[test]
-fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_any_chunks() {
+fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_in_any_chunks_and_with_drafts() {
     let requests: Vec<Request> = (0..65).map(sampled).collect();
     let alone: Vec<Completion> =
         requests.iter().map(|request| run_alone(request.clone(), 64, EngineConfig::default())).collect();
     let tiny = EngineConfig { max_step_tokens: 7, max_prefill_chunk_tokens: 3, ..Default::default() };
     let one = EngineConfig { max_prefill_chunk_tokens: 1, ..Default::default() };
     let few_logits = EngineConfig { max_prompt_logit_rows: 4, ..Default::default() };
+    let drafts = EngineConfig { max_draft_tokens: 4, max_step_tokens_with_drafts: 300, ..Default::default() };
     // 18 blocks of 4 hold the longest request and little else: sequences are preempted again and again.
     for (blocks, config, preempts) in [
         (2000, EngineConfig::default(), false),
         (2000, tiny, false),
         (2000, few_logits, false),
+        (2000, drafts.clone(), false),
+        (60, drafts, true),
         (18, one.clone(), true),
         (60, one, true),
     ] {

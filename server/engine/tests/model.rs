@@ -21,11 +21,12 @@ fn request(seed: u64) -> Request {
     let sampling = SamplingParameters {
         max_tokens: 10 + (mix(seed, 2) % 20) as usize,
         temperature: if seed.is_multiple_of(3) { 0.0 } else { 0.9 },
-        repetition_penalty: 1.1,
+        // Greedy ones repeat themselves.
+        repetition_penalty: if seed.is_multiple_of(3) { 1.0 } else { 1.1 },
         seed: Some(seed),
         ignore_eos: true,
         logprobs: Some(4),
-        prompt_logprobs: (seed % 2 == 0).then_some(3),
+        prompt_logprobs: seed.is_multiple_of(2).then_some(3),
         ..Default::default()
     };
     Request::new(prompt, sampling)
@@ -70,7 +71,7 @@ fn run(
 }
 
 #[test]
-fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preempted_and_cached() {
+fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preempted_cached_and_drafted() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     TinyModel::named("llama").write(directory.path());
     let seeds: Vec<u64> = (0..17).collect();
@@ -86,16 +87,24 @@ fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preemp
         assert!(completion.prompt_logprobs.iter().all(|logprobs| logprobs.logprob.is_finite()));
     }
     let tiny = EngineConfig { max_step_tokens: 19, max_prefill_chunk_tokens: 3, ..Default::default() };
+    let drafts = EngineConfig { max_draft_tokens: 6, max_step_tokens_with_drafts: 60, ..Default::default() };
+    let tiny_drafts = EngineConfig { max_draft_tokens: 3, max_step_tokens_with_drafts: 19, ..tiny.clone() };
     // 12 blocks of 16 tokens hold three or four of these sequences.
     for (blocks, config, preempts) in [
         (200, EngineConfig::default(), false),
         (200, tiny.clone(), false),
+        (200, drafts.clone(), false),
         (12, EngineConfig::default(), true),
         (12, tiny, true),
+        (8, drafts, true),
+        (8, tiny_drafts, true),
     ] {
         let (together, stats) = run(directory.path(), blocks, config.clone(), &seeds);
         assert_eq!(together, alone, "{blocks} blocks, {config:?}");
-        assert_eq!(stats.preemptions > 0, preempts, "{} preemptions", stats.preemptions);
+        assert_eq!(stats.preemptions > 0, preempts, "{} preemptions, {config:?}", stats.preemptions);
         assert_eq!(stats.kv_blocks_used, 0);
+        let right: u64 = stats.accepted_draft_tokens.iter().sum();
+        assert_eq!(right > 0, config.max_draft_tokens > 0, "{right} of {} are right", stats.draft_tokens);
+        assert_eq!(right < stats.draft_tokens, config.max_draft_tokens > 0, "and not all");
     }
 }

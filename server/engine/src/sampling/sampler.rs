@@ -36,14 +36,15 @@ pub(crate) struct SamplingRow<'a> {
 }
 
 impl<'a> SamplingRow<'a> {
-    /// The row of a sequence whose next token is to be sampled from `logits`.
-    pub(crate) fn new(sequence: &'a Sequence, logits: &'a [f32]) -> Self {
+    /// The row of a sequence whose next token is to be sampled from `logits`, after the first `drafted` tokens of its
+    /// draft.
+    pub(crate) fn new(sequence: &'a Sequence, drafted: usize, logits: &'a [f32]) -> Self {
         Self {
             logits,
             parameters: &sequence.sampling,
             seed: sequence.seed,
             prompt: sequence.prompt(),
-            completion: sequence.completion(),
+            completion: sequence.completion_with(drafted),
             stop_tokens: sequence.stop_tokens(),
             allowed: sequence.allowed(),
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::plan::PlannedRows;
 use super::{Scheduler, StepPlan};
 use crate::blocks::{BlockId, Parent};
 use crate::sequence::SequenceState;
@@ -42,7 +43,9 @@ pub(super) fn check(scheduler: &Scheduler) {
         let (tokens, places) = (sequence.tokens().len(), sequence.blocks.len() * block_size);
         assert!(sequence.remaining() > 0, "a running sequence has something to compute");
         assert!(sequence.computed <= places, "computed tokens have their place");
-        assert!(places < tokens + block_size, "no block is held before it is needed");
+        let drafted = sequence.draft_tokens();
+        assert!(drafted == 0 || in_flight.is_some(), "a draft is gone with its step");
+        assert!(places < tokens + drafted + block_size, "no block is held before it is needed");
         assert!(sequence.times.started.is_some(), "a running sequence has started");
     }
     let waiting = || waiting.lines().flatten();
@@ -112,9 +115,17 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
         next_row += rows.rows;
         assert_eq!(rows.first_position, sequence.computed, "it goes on where it stands");
         let end = rows.first_position + rows.rows;
-        assert!(rows.rows >= 1 && end <= sequence.tokens().len(), "only known tokens are computed");
-        assert!(rows.rows <= config.max_prefill_chunk_tokens, "chunks are no larger than they may be");
-        assert_eq!(batch.token_ids[rows.first_row..next_row], sequence.tokens()[rows.first_position..end]);
+        let known_end = end - planned.draft_tokens;
+        assert!(
+            known_end > rows.first_position && known_end <= sequence.tokens().len(),
+            "known tokens come first"
+        );
+        let chunk = known_end - rows.first_position;
+        assert!(chunk <= config.max_prefill_chunk_tokens, "chunks are no larger than they may be");
+        assert!(planned.draft_tokens <= config.max_draft_tokens, "drafts are no longer than they may be");
+        assert!(planned.draft_tokens == 0 || planned.samples, "a draft follows the last known token");
+        let tokens = sequence.tokens_and_draft();
+        assert_eq!(batch.token_ids[rows.first_row..next_row], tokens[rows.first_position..end]);
         assert!(
             batch.positions[rows.first_row..next_row]
                 .iter()
@@ -125,7 +136,11 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
         assert!(end <= rows.block_table.len() * block_size, "every token has its place");
         let written = &sequence.blocks[rows.first_position / block_size..end.div_ceil(block_size)];
         assert!(written.iter().all(|&block| pool.holders(block) == 1), "no shared block is written to");
-        assert_eq!(planned.samples, end == sequence.tokens().len(), "the last known token is sampled from");
+        assert_eq!(
+            planned.samples,
+            known_end == sequence.tokens().len(),
+            "the last known token is sampled from"
+        );
         logit_rows.extend(next_row - planned.logits..next_row);
         if sequence.sampling.prompt_logprobs.is_none() {
             assert_eq!(planned.scored(), 0, "logits of a prompt are computed for who asks");
@@ -134,7 +149,7 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
     assert_eq!(next_row, batch.token_ids.len(), "sequences cover all rows");
     assert_eq!(next_row, batch.positions.len(), "every row has a position");
     assert_eq!(logit_rows, batch.logit_rows, "logits are wanted of the last rows of each entry");
-    let scored: usize = plan.entries.iter().map(|planned| planned.scored()).sum();
+    let scored: usize = plan.entries.iter().map(PlannedRows::scored).sum();
     assert!(scored <= config.max_prompt_logit_rows, "logits of prompts are within their budget");
     for (sequence, times) in running.iter().zip(planned_times) {
         assert!(times <= 1, "a sequence is planned once");

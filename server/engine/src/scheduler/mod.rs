@@ -163,8 +163,9 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() {
             if self.running[index].remaining() == 1 && self.has_room_for_one(index) {
+                self.draft(index, budget.tokens, plan.entries.len());
                 plan.push(index, &self.running[index], 1);
-                budget.tokens -= 1;
+                budget.tokens -= 1 + self.running[index].draft_tokens();
             }
             index += 1;
         }
@@ -185,6 +186,25 @@ impl Scheduler {
             self.preempt_last();
         }
         false
+    }
+
+    /// Gives a running sequence a draft, and places in the cache for it, as far as they cost nobody anything: all but the
+    /// `planned` sequences need one of the `tokens` left of the step, and maybe a block.
+    fn draft(&mut self, index: usize, tokens: usize, planned: usize) {
+        let running = self.running.len();
+        let spent = self.config.max_step_tokens - tokens;
+        let left = tokens.min(self.config.max_step_tokens_with_drafts.saturating_sub(spent));
+        let most = left.saturating_sub(running - planned);
+        let sequence = &mut self.running[index];
+        let places = sequence.blocks.len() * self.pool.block_size() - sequence.tokens().len();
+        let spare_blocks = self.pool.available().saturating_sub(running);
+        let most = most.min(places + spare_blocks * self.pool.block_size());
+        sequence.draft(most.min(self.config.max_draft_tokens), self.config.max_draft_tokens);
+        let blocks = sequence.tokens_and_draft().len().div_ceil(self.pool.block_size());
+        while sequence.blocks.len() < blocks {
+            let Some(block) = self.pool.allocate() else { break };
+            sequence.blocks.push(block);
+        }
     }
 
     fn preempt_last(&mut self) {
@@ -280,21 +300,25 @@ impl Scheduler {
         let mut logit_row = 0;
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
-            self.counters.prompt_tokens += sequence.advance(planned.tokens) as u64;
-            if self.config.prefix_caching {
-                sequence.name_full_blocks(&mut self.pool);
-            }
+            let draft = sequence.take_draft();
+            let computed = planned.tokens - planned.draft_tokens;
+            self.counters.prompt_tokens += sequence.advance(computed) as u64;
             if sequence.state == SequenceState::Running {
                 let before = sequence.completion().len();
                 let outcome = Outcome {
                     next_tokens: &next_tokens[logit_row..logit_row + planned.logits],
                     scored: planned.scored(),
+                    draft: &draft,
                     first_logit_row: logit_row,
                 };
                 take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
                 self.waiting.charge_completion(&sequence.tenant, sequence.completion().len() - before);
             }
             logit_row += planned.logits;
+            sequence.release_unused(&mut self.pool);
+            if self.config.prefix_caching {
+                sequence.name_full_blocks(&mut self.pool);
+            }
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
@@ -371,9 +395,11 @@ fn plan_chunk(
 /// What came of the logit rows of one sequence.
 struct Outcome<'a> {
     next_tokens: &'a [Result<u32, String>],
-    /// Rows for log probabilities of the prompt; the one sampled from follows, if there is one.
+    /// Rows for log probabilities of the prompt; those sampled from follow, if there are any.
     scored: usize,
-    /// Their first in the step.
+    /// Tokens that were computed on the guess that they are sampled, one less than rows that are sampled from.
+    draft: &'a [u32],
+    /// The first row in the step.
     first_logit_row: usize,
 }
 
@@ -386,19 +412,61 @@ fn take_outcome(
     effects: &mut Vec<Effect>,
 ) {
     let request = sequence.id;
-    if let Some(message) = outcome.next_tokens.iter().find_map(|next| next.as_ref().err()) {
-        sequence.state = SequenceState::Ended;
-        counters.finished.failed += 1;
-        effects.push(Effect { request, kind: EffectKind::Failed { message: message.clone() } });
+    let (scored, sampled) = outcome.next_tokens.split_at(outcome.scored);
+    if let Some(message) = scored.iter().find_map(|next| next.as_ref().err()) {
+        fail(sequence, message, counters, effects);
         return;
     }
-    let logit_row = outcome.first_logit_row + outcome.scored;
-    if outcome.scored > 0 {
-        sequence.score(outcome.scored);
-        let logit_rows = outcome.first_logit_row..logit_row;
+    if !scored.is_empty() {
+        sequence.score(scored.len());
+        let logit_rows = outcome.first_logit_row..outcome.first_logit_row + scored.len();
         effects.push(Effect { request, kind: EffectKind::PromptLogprobs { logit_rows } });
     }
-    let Some(&Ok(token_id)) = outcome.next_tokens.get(outcome.scored) else { return };
+    // The first row follows a known token. Each further one counts if the token sampled before it is the drafted one.
+    let mut right = 0;
+    for (index, next) in sampled.iter().enumerate() {
+        let token_id = match next {
+            Ok(token_id) => *token_id,
+            Err(message) => {
+                fail(sequence, message, counters, effects);
+                break;
+            }
+        };
+        let logit_row = outcome.first_logit_row + scored.len() + index;
+        take_token(sequence, token_id, logit_row, now, counters, effects);
+        if sequence.state == SequenceState::Ended || outcome.draft.get(index) != Some(&token_id) {
+            break;
+        }
+        right += 1;
+    }
+    if !outcome.draft.is_empty() {
+        sequence.confirm(outcome.draft.len(), right);
+        counters.drafts += 1;
+        counters.draft_tokens += outcome.draft.len() as u64;
+        if counters.accepted_draft_tokens.len() < right {
+            counters.accepted_draft_tokens.resize(right, 0);
+        }
+        counters.accepted_draft_tokens[..right].iter_mut().for_each(|accepted| *accepted += 1);
+    }
+}
+
+/// Ends a sequence that cannot go on.
+fn fail(sequence: &mut Sequence, message: &str, counters: &mut EngineStats, effects: &mut Vec<Effect>) {
+    sequence.state = SequenceState::Ended;
+    counters.finished.failed += 1;
+    effects.push(Effect { request: sequence.id, kind: EffectKind::Failed { message: message.to_owned() } });
+}
+
+/// Appends a token that was sampled from `logit_row`.
+fn take_token(
+    sequence: &mut Sequence,
+    token_id: u32,
+    logit_row: usize,
+    now: Duration,
+    counters: &mut EngineStats,
+    effects: &mut Vec<Effect>,
+) {
+    let request = sequence.id;
     if sequence.sampling.max_tokens == 0 {
         // The prompt was all that was wanted.
         sequence.state = SequenceState::Ended;

@@ -21,15 +21,19 @@ pub(crate) struct PlannedRows {
     pub(crate) tokens: usize,
     /// Of these, the last ones whose logits are wanted.
     pub(crate) logits: usize,
-    /// Whether the step computes its last known token, so that the next one can be sampled: from the last of its
-    /// logits. The others tell the log probability of the token that follows in the prompt.
+    /// Whether the step computes its last known token, so that the next one can be sampled: from the first of its logits
+    /// behind the [`scored`](Self::scored) ones.
     pub(crate) samples: bool,
+    /// Tokens of a draft behind the last known one, of those that the step computes. After each one that is right another
+    /// token can be sampled.
+    pub(crate) draft_tokens: usize,
 }
 
 impl PlannedRows {
-    /// Rows whose logits tell a log probability of the prompt: all that have logits, but the one sampled from.
+    /// Rows whose logits tell the log probability of the token that follows in the prompt: all that have logits, but
+    /// those sampled from.
     pub(crate) fn scored(&self) -> usize {
-        self.logits - usize::from(self.samples)
+        self.logits - usize::from(self.samples) - self.draft_tokens
     }
 }
 
@@ -57,22 +61,24 @@ impl StepPlan {
         self.spare_tables.extend(self.batch.sequences.drain(..).map(|rows| rows.block_table));
     }
 
-    /// Adds the next `tokens` tokens of `sequence`, which has blocks for them.
+    /// Adds the next `tokens` tokens of `sequence`, and its draft behind its last one; it has blocks for them.
     pub(super) fn push(&mut self, running: usize, sequence: &Sequence, tokens: usize) {
         let batch = &mut self.batch;
         let first_row = batch.token_ids.len();
         let first_position = sequence.computed;
-        let end = first_position + tokens;
-        batch.token_ids.extend_from_slice(&sequence.tokens()[first_position..end]);
-        batch.positions.extend(first_position as u32..end as u32);
         let samples = sequence.samples_after(tokens);
-        let logits = sequence.scored_within(tokens) + usize::from(samples);
+        let draft_tokens = if samples { sequence.draft_tokens() } else { 0 };
+        let logits = sequence.scored_within(tokens) + usize::from(samples) + draft_tokens;
+        let tokens = tokens + draft_tokens;
+        let end = first_position + tokens;
+        batch.token_ids.extend_from_slice(&sequence.tokens_and_draft()[first_position..end]);
+        batch.positions.extend(first_position as u32..end as u32);
         batch.logit_rows.extend(first_row + tokens - logits..first_row + tokens);
         let mut block_table = self.spare_tables.pop().unwrap_or_default();
         block_table.clear();
         block_table.extend(sequence.blocks.iter().map(|block| block.0));
         batch.sequences.push(SequenceRows { first_row, rows: tokens, first_position, block_table });
-        self.entries.push(PlannedRows { running, tokens, logits, samples });
+        self.entries.push(PlannedRows { running, tokens, logits, samples, draft_tokens });
     }
 }
 
@@ -81,7 +87,7 @@ pub(crate) struct StepOutput {
     /// The plan that was run.
     pub(crate) plan: StepPlan,
     /// For each of the plan's logit rows, in order: the token that follows it, sampled or known from the prompt,
-    /// or why its logits are of no use.
+    /// or why its logits are of no use. Behind a draft, as if all of it were right.
     pub(crate) next_tokens: Vec<Result<u32, String>>,
     /// When the step completed, since the start of the engine.
     pub(crate) completed_at: Duration,
