@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::auth::require_key;
 use crate::grammar::Grammars;
+use crate::lenient::{LoggedNames, ignore_unknown_fields};
 use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
@@ -48,6 +49,9 @@ pub struct ServerOptions {
     pub keep_alive: Duration,
     /// How the model calls tools; what its chat template says if absent.
     pub tool_call_format: Option<ToolCallFormat>,
+    /// Ignore the unknown and unsupported fields of requests, and name them in the header
+    /// `x-nibble-ignored-fields` of the answer, instead of refusing them.
+    pub ignore_unknown_fields: bool,
 }
 
 impl Default for ServerOptions {
@@ -58,6 +62,7 @@ impl Default for ServerOptions {
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             tool_call_format: None,
+            ignore_unknown_fields: false,
         }
     }
 }
@@ -121,8 +126,12 @@ pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, Serv
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .method_not_allowed_fallback(method_not_allowed);
-    Ok(guarded
-        .merge(open)
+    let mut routes = guarded.merge(open);
+    if state.options.ignore_unknown_fields {
+        let logged = Arc::new(LoggedNames::default());
+        routes = routes.layer(middleware::from_fn_with_state(logged, ignore_unknown_fields));
+    }
+    Ok(routes
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), observe))
         .with_state(state))

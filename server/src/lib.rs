@@ -12,6 +12,7 @@ mod auth;
 mod generation;
 mod grammar;
 mod health;
+mod lenient;
 mod messages;
 mod metrics;
 mod observe;

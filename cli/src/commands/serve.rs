@@ -66,6 +66,10 @@ pub(crate) struct ServeArguments {
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
+    /// Ignore the unknown and unsupported fields of requests instead of refusing them; the answer's header
+    /// x-nibble-ignored-fields names them.
+    #[arg(long)]
+    ignore_unknown_fields: bool,
     /// Before serving, check the weights and some logits against the nibble_self_test.json that `nibble quantize`
     /// wrote; refuse to serve when they differ.
     #[arg(long)]
@@ -144,6 +148,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let options = ServerOptions {
         api_keys: arguments.api_key.clone(),
         tool_call_format: arguments.tool_call_parser.format(),
+        ignore_unknown_fields: arguments.ignore_unknown_fields,
         ..ServerOptions::default()
     };
     let router = nibble_server::router(served, options)?;

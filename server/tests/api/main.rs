@@ -3,6 +3,7 @@
 mod answers;
 mod anything;
 mod hang_up;
+mod lenient;
 mod refusals;
 mod service;
 mod streams;
