@@ -49,6 +49,8 @@ pub struct ServerOptions {
     pub keep_alive: Duration,
     /// How the model calls tools; what its chat template says if absent.
     pub tool_call_format: Option<ToolCallFormat>,
+    /// Report metrics under vLLM's names as well.
+    pub vllm_metrics: bool,
     /// Ignore the unknown and unsupported fields of requests, and name them in the header
     /// `x-nibble-ignored-fields` of the answer, instead of refusing them.
     pub ignore_unknown_fields: bool,
@@ -62,6 +64,7 @@ impl Default for ServerOptions {
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             tool_call_format: None,
+            vllm_metrics: false,
             ignore_unknown_fields: false,
         }
     }

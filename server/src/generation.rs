@@ -31,6 +31,7 @@ pub(crate) struct Generation {
     metrics: RequestMetrics,
     events: UnboundedReceiver<Delivery>,
     choices: Vec<Choice>,
+    choices_per_prompt: usize,
     usage: Usage,
 }
 
@@ -132,6 +133,7 @@ impl Generation {
             metrics: state.metrics.request(arrived_at),
             events,
             choices: Vec::new(),
+            choices_per_prompt: request.choices_per_prompt(),
             usage: Usage::default(),
         };
         for prompt in request.prompts() {
@@ -238,7 +240,9 @@ impl Generation {
                 self.usage.completion_tokens += completion_tokens.saturating_sub(choice.generated_tokens);
                 let stop_token =
                     stop_token.filter(|token| !self.engine.limits().eos_token_ids.contains(token));
-                Some(choice.end(reason, stop_token)?)
+                let finish = choice.end(reason, stop_token)?;
+                choice.generated_tokens = completion_tokens.max(choice.generated_tokens);
+                Some(finish)
             }
             RequestEvent::Failed { message } => return Err(self.fail(&message)),
         };
@@ -314,6 +318,10 @@ impl Drop for Generation {
         for choice in self.choices.iter().filter(|choice| choice.text.is_some()) {
             self.engine.abort(choice.id);
             self.metrics.finished(Outcome::Abort);
+        }
+        for choices in self.choices.chunks(self.choices_per_prompt) {
+            let longest = choices.iter().map(|choice| choice.generated_tokens).max();
+            self.metrics.prompt_finished(self.choices_per_prompt, longest.unwrap_or(0));
         }
     }
 }

@@ -66,6 +66,9 @@ pub(crate) struct ServeArguments {
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
+    /// Report metrics under vLLM's names as well, those that it has retired included.
+    #[arg(long)]
+    vllm_metrics: bool,
     /// Ignore the unknown and unsupported fields of requests instead of refusing them; the answer's header
     /// x-nibble-ignored-fields names them.
     #[arg(long)]
@@ -148,6 +151,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let options = ServerOptions {
         api_keys: arguments.api_key.clone(),
         tool_call_format: arguments.tool_call_parser.format(),
+        vllm_metrics: arguments.vllm_metrics,
         ignore_unknown_fields: arguments.ignore_unknown_fields,
         ..ServerOptions::default()
     };

@@ -142,7 +142,7 @@ pub(crate) struct SharedState {
 
 impl Shared {
     pub(crate) fn new(limits: RunnerLimits, config: EngineConfig) -> Self {
-        let stats = EngineStats::new(limits.blocks, limits.block_size);
+        let stats = EngineStats::new(&limits);
         let state = SharedState {
             health: Health::Ready,
             stats,
@@ -158,12 +158,6 @@ impl Shared {
     /// only assigns whole values.
     pub(crate) fn state(&self) -> MutexGuard<'_, SharedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The longest sequence that fits the model and the whole KV cache. The last token generated is never
-    /// fed back, so it needs no place in the cache.
-    fn maximum_tokens(&self) -> usize {
-        self.limits.maximum_sequence_tokens.min(self.limits.blocks * self.limits.block_size + 1)
     }
 }
 
@@ -219,7 +213,7 @@ impl EngineHandle {
         }
         let prompt_tokens = request.prompt.len();
         let max_tokens = request.sampling.max_tokens;
-        let maximum_tokens = self.shared.maximum_tokens();
+        let maximum_tokens = self.maximum_tokens();
         if prompt_tokens.saturating_add(max_tokens) > maximum_tokens {
             return Err(SubmitError::TooLong { prompt_tokens, max_tokens, maximum_tokens });
         }
@@ -260,6 +254,11 @@ impl EngineHandle {
         self.shared.state().health.clone()
     }
 
+    /// How the engine runs.
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config
+    }
+
     /// What the runner can hold.
     pub fn limits(&self) -> &RunnerLimits {
         &self.shared.limits
@@ -267,6 +266,6 @@ impl EngineHandle {
 
     /// The longest sequence that fits, prompt and completion together, in tokens.
     pub fn maximum_tokens(&self) -> usize {
-        self.shared.maximum_tokens()
+        self.shared.limits.maximum_tokens()
     }
 }

@@ -4,6 +4,7 @@ mod answers;
 mod anything;
 mod hang_up;
 mod lenient;
+mod metrics;
 mod refusals;
 mod service;
 mod streams;

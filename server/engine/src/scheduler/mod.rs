@@ -73,7 +73,7 @@ impl Scheduler {
             in_flight: None,
             spare_plan: StepPlan::default(),
             cached_prefix: Vec::new(),
-            counters: EngineStats::new(limits.blocks, limits.block_size),
+            counters: EngineStats::new(limits),
         }
     }
 
@@ -102,16 +102,14 @@ impl Scheduler {
     pub(crate) fn abort(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
         if let Ok(index) = self.waiting.binary_search_by_key(&id, |sequence| sequence.id) {
             let sequence = self.waiting.remove(index);
-            effects.extend(sequence.map(|sequence| finish(&sequence, FinishReason::Aborted)));
-            self.counters.finished.aborted += 1;
+            effects.extend(sequence.map(|sequence| abort(&sequence, &mut self.counters)));
         } else if let Ok(index) = self.running.binary_search_by_key(&id, |sequence| sequence.id) {
             if let Some(after) = self.in_flight {
                 self.running[index].state = SequenceState::Ending { after };
             } else {
                 let mut sequence = self.running.remove(index);
                 sequence.release(&mut self.pool);
-                effects.push(finish(&sequence, FinishReason::Aborted));
-                self.counters.finished.aborted += 1;
+                effects.push(abort(&sequence, &mut self.counters));
             }
         }
     }
@@ -201,7 +199,9 @@ impl Scheduler {
                 return;
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
-            sequence.occupy(&self.cached_prefix, &mut self.pool);
+            let found = sequence.occupy(&self.cached_prefix, &mut self.pool) as u64;
+            self.counters.prompt_tokens += found;
+            self.counters.prompt_tokens_cached += found;
             self.counters.prefix_cache_queries += sequence.tokens().len() as u64;
             self.counters.prefix_cache_hits += sequence.computed as u64;
             sequence.state = SequenceState::Running;
@@ -229,7 +229,9 @@ impl Scheduler {
         let mut sampled = sampled.into_iter().enumerate();
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
-            self.counters.prompt_tokens += sequence.advance(planned.tokens) as u64;
+            let computed = sequence.advance(planned.tokens);
+            self.counters.prompt_tokens += computed.first_time as u64;
+            self.counters.prompt_tokens_recomputed += computed.again as u64;
             if self.config.prefix_caching {
                 sequence.name_full_blocks(&mut self.pool);
             }
@@ -240,8 +242,7 @@ impl Scheduler {
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
-                effects.push(finish(sequence, FinishReason::Aborted));
-                self.counters.finished.aborted += 1;
+                effects.push(abort(sequence, &mut self.counters));
             } else if sequence.state != SequenceState::Ended {
                 return true;
             }
@@ -307,6 +308,7 @@ fn take_outcome(
         Err(message) => {
             sequence.state = SequenceState::Ended;
             counters.finished.failed += 1;
+            counters.observe_end(sequence);
             effects.push(Effect { request, kind: EffectKind::Failed { message } });
             return;
         }
@@ -316,7 +318,8 @@ fn take_outcome(
     if sequence.times.first_token.is_none() {
         counters.prefill_seconds.observe_between(started, now);
     }
-    let first_token = *sequence.times.first_token.get_or_insert(now);
+    sequence.times.first_token.get_or_insert(now);
+    sequence.times.last_token = Some(now);
     let reason = sequence.append(token_id);
     if reason != Some(FinishReason::Stop) {
         effects.push(Effect { request, kind: EffectKind::Token { token_id, logit_row } });
@@ -324,12 +327,19 @@ fn take_outcome(
     if let Some(reason) = reason {
         sequence.state = SequenceState::Ended;
         effects.push(finish(sequence, reason));
-        counters.decode_seconds.observe_between(first_token, now);
+        counters.observe_end(sequence);
         match reason {
             FinishReason::Stop => counters.finished.stop += 1,
             _ => counters.finished.length += 1,
         }
     }
+}
+
+/// The terminal effect of a sequence that somebody aborted.
+fn abort(sequence: &Sequence, counters: &mut EngineStats) -> Effect {
+    counters.finished.aborted += 1;
+    counters.observe_end(sequence);
+    finish(sequence, FinishReason::Aborted)
 }
 
 /// The terminal effect of a sequence that ends without an error.
