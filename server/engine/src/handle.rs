@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::request::{EventSink, Request, RequestId};
 use crate::runner::RunnerLimits;
@@ -247,6 +247,11 @@ impl EngineHandle {
         stats.waiting += (state.submitted - state.received) as usize;
         stats.last_step_age = state.working_since.map(|since| since.elapsed());
         stats
+    }
+
+    /// [`EngineStats::last_step_age`] alone.
+    pub fn last_step_age(&self) -> Option<Duration> {
+        self.shared.state().working_since.map(|since| since.elapsed())
     }
 
     /// Whether the engine works.

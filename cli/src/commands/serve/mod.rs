@@ -1,5 +1,7 @@
 //! `nibble serve`: a model over the OpenAI API.
 
+mod service;
+
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -13,11 +15,12 @@ use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
-use nibble_server::{ServedModel, ServerOptions, ToolCallFormat};
+use nibble_server::{ServedModel, ServerOptions, Service, ToolCallFormat};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
 use crate::output::start_logging;
+use service::ServiceArguments;
 
 /// Time that the runtime gives work that blocks when the server has stopped.
 const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
@@ -29,12 +32,6 @@ const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
 pub(crate) struct ServeArguments {
     /// A model directory or a Hugging Face id.
     model: String,
-    /// Address to listen on; 0.0.0.0 for all of this machine's.
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Port to listen on; 0 takes a free one.
-    #[arg(long, default_value_t = 8000)]
-    port: u16,
     /// Name of the model in the API; the directory's name or the Hugging Face id when not given.
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
@@ -57,28 +54,17 @@ pub(crate) struct ServeArguments {
     /// Compute every prompt from its beginning; answers are the same.
     #[arg(long)]
     no_prefix_caching: bool,
-    /// On SIGTERM: seconds to finish what was accepted.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    drain_timeout: u64,
-    /// Demand this key of every request but health checks; may be given several times.
-    #[arg(long, value_name = "KEY")]
-    api_key: Vec<String>,
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
-    /// Report metrics under vLLM's names as well, those that it has retired included.
-    #[arg(long)]
-    vllm_metrics: bool,
-    /// Ignore the unknown and unsupported fields of requests instead of refusing them; the answer's header
-    /// x-nibble-ignored-fields names them.
-    #[arg(long)]
-    ignore_unknown_fields: bool,
     /// Before serving, check the weights and some logits against the nibble_self_test.json that `nibble quantize`
     /// wrote; refuse to serve when they differ.
     #[arg(long)]
     self_test: bool,
     #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    service: ServiceArguments,
 }
 
 /// The formats of tool calls, under vLLM's names.
@@ -105,10 +91,7 @@ impl ToolCallParser {
 pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let started = Instant::now();
     start_logging("info");
-    // Bound first: a port that is taken is known before the model is loaded.
-    let address = (arguments.host.as_str(), arguments.port);
-    let listener = std::net::TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {}:{}", arguments.host, arguments.port))?;
+    let bound = arguments.service.bind()?;
     let checkpoint = open_checkpoint(&arguments.model)?;
     warn_of_quality_gate(checkpoint.directory());
     let self_test = match arguments.self_test {
@@ -149,23 +132,21 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     };
     drop(checkpoint);
     let options = ServerOptions {
-        api_keys: arguments.api_key.clone(),
         tool_call_format: arguments.tool_call_parser.format(),
-        vllm_metrics: arguments.vllm_metrics,
-        ignore_unknown_fields: arguments.ignore_unknown_fields,
-        ..ServerOptions::default()
+        ..arguments.service.server_options(&bound)
     };
-    let router = nibble_server::router(served, options)?;
+    let service = Service::new(served, options)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
     let result = runtime.block_on(async {
-        listener.set_nonblocking(true)?;
-        let address = listener.local_addr()?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let (url, admin_address) = (bound.url()?, bound.admin_address()?);
+        let sockets = bound.sockets()?;
         tracing::info!(seconds = started.elapsed().as_secs_f32(), "loaded");
+        if let Some(address) = admin_address {
+            tracing::info!(%address, "the admin address is open");
+        }
         // The one line on standard output: scripts wait for it.
-        writeln!(std::io::stdout(), "serving {name} at http://{address}")?;
-        let drain_timeout = Duration::from_secs(arguments.drain_timeout);
-        nibble_server::serve(listener, router, engine.handle(), drain_timeout).await?;
+        writeln!(std::io::stdout(), "serving {name} at {url}")?;
+        service.serve(sockets, arguments.service.serve_options()).await?;
         anyhow::Ok(())
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN);
