@@ -11,16 +11,19 @@ use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use tokio::sync::{Notify, watch};
 
-use crate::auth::require_key;
+use crate::auth::{ApiKeys, require_key};
+use crate::body::limit_body_time;
 use crate::grammar::Grammars;
+use crate::lenient::{LoggedNames, ignore_unknown_fields};
 use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
 use crate::openai::{chat, completions, models, tokenize};
 use crate::tools::ToolCallFormat;
-use crate::{ServerError, health};
+use crate::{ServerError, admin, health};
 
 /// The model that a server serves.
 #[derive(Clone)]
@@ -41,23 +44,39 @@ pub struct ServedModel {
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// With keys, every request but health checks needs one of them.
-    pub api_keys: Vec<String>,
+    pub api_keys: Arc<ApiKeys>,
+    /// Demand keys at the admin address too.
+    pub admin_needs_key: bool,
+    /// Report metrics at the admin address alone.
+    pub metrics_on_admin_only: bool,
+    /// Time that the body of a request may take to arrive.
+    pub body_timeout: Duration,
     /// Time without a finished step, while there is work, after which the engine counts as stuck.
     pub stuck_after: Duration,
     /// Silence in a stream after which a comment is sent.
     pub keep_alive: Duration,
     /// How the model calls tools; what its chat template says if absent.
     pub tool_call_format: Option<ToolCallFormat>,
+    /// Report metrics under vLLM's names as well.
+    pub vllm_metrics: bool,
+    /// Ignore the unknown and unsupported fields of requests, and name them in the header
+    /// `x-nibble-ignored-fields` of the answer, instead of refusing them.
+    pub ignore_unknown_fields: bool,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
         Self {
-            api_keys: Vec::new(),
+            api_keys: Arc::default(),
+            admin_needs_key: false,
+            metrics_on_admin_only: false,
+            body_timeout: Duration::from_secs(30),
             // Far above the longest step: a slow machine under load must not be restarted.
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             tool_call_format: None,
+            vllm_metrics: false,
+            ignore_unknown_fields: false,
         }
     }
 }
@@ -81,51 +100,121 @@ pub(crate) struct AppState {
     pub(crate) grammars: Grammars,
     /// How the model calls tools; absent when nobody knows, or when it has no chat template.
     pub(crate) tool_call_format: Option<ToolCallFormat>,
+    /// Why no request will be finished any more, if that is so.
+    pub(crate) given_up: watch::Sender<Option<Arc<str>>>,
+    /// Told when somebody asks for the end of the server.
+    pub(crate) drain: Notify,
     /// When the server started, in seconds since 1970.
     pub(crate) started_at: u64,
     pub(crate) options: ServerOptions,
 }
 
-/// The HTTP service of `model`.
-///
-/// # Errors
-/// When the metrics cannot be set up.
-pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, ServerError> {
-    let metrics_of_server = Metrics::new(model.engine.clone(), &model.name)?;
-    let limits = model.engine.limits();
-    let tokenizer = Arc::clone(&model.tokenizer);
-    let grammars = Grammars::new(tokenizer, limits.vocabulary_size, limits.eos_token_ids.clone());
-    let of_template = || ToolCallFormat::of_template(model.chat_template.as_deref()?);
-    let tool_call_format = options.tool_call_format.or_else(of_template);
-    let state = Arc::new(AppState {
-        model,
-        metrics: metrics_of_server,
-        grammars,
-        tool_call_format,
-        started_at: seconds_since_1970(),
-        options,
-    });
-    let guarded = Router::new()
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*model}", get(models::one))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route("/metrics", get(metrics))
-        .route("/version", get(version))
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), require_key));
-    let open = Router::new()
+/// The HTTP service of a model. Clones are the same service.
+#[derive(Clone)]
+pub struct Service {
+    state: Arc<AppState>,
+}
+
+impl Service {
+    /// The service of `model`.
+    ///
+    /// # Errors
+    /// When the metrics cannot be set up.
+    pub fn new(model: ServedModel, options: ServerOptions) -> Result<Self, ServerError> {
+        let metrics = Metrics::new(model.engine.clone(), &model.name)?;
+        let limits = model.engine.limits();
+        let tokenizer = Arc::clone(&model.tokenizer);
+        let grammars = Grammars::new(tokenizer, limits.vocabulary_size, limits.eos_token_ids.clone());
+        let of_template = || ToolCallFormat::of_template(model.chat_template.as_deref()?);
+        let tool_call_format = options.tool_call_format.or_else(of_template);
+        let state = AppState {
+            model,
+            metrics,
+            grammars,
+            tool_call_format,
+            started_at: seconds_since_1970(),
+            given_up: watch::Sender::new(None),
+            drain: Notify::new(),
+            options,
+        };
+        Ok(Self { state: Arc::new(state) })
+    }
+
+    /// What answers at the API's address.
+    pub fn router(&self) -> Router {
+        let state = &self.state;
+        let mut guarded = Router::new()
+            .route("/v1/chat/completions", post(chat::chat_completions))
+            .route("/v1/completions", post(completions::completions))
+            .route("/v1/models", get(models::list))
+            .route("/v1/models/{*model}", get(models::one))
+            .route("/tokenize", post(tokenize::tokenize))
+            .route("/detokenize", post(tokenize::detokenize))
+            .route("/version", get(version));
+        if !state.options.metrics_on_admin_only {
+            guarded = guarded.route("/metrics", get(metrics));
+        }
+        let guarded = guarded
+            .fallback(not_found)
+            .method_not_allowed_fallback(method_not_allowed)
+            .layer(middleware::from_fn_with_state(Arc::clone(state), require_key));
+        let mut routes = guarded.merge(probes());
+        if state.options.ignore_unknown_fields {
+            let logged = Arc::new(LoggedNames::default());
+            routes = routes.layer(middleware::from_fn_with_state(logged, ignore_unknown_fields));
+        }
+        self.finish(routes)
+    }
+
+    /// What answers at the admin address: what changes the server's state or tells of its insides.
+    pub fn admin_router(&self) -> Router {
+        let state = &self.state;
+        let mut guarded = Router::new()
+            .route("/admin/drain", post(admin::drain))
+            .route("/metrics", get(metrics))
+            .fallback(not_found)
+            .method_not_allowed_fallback(method_not_allowed);
+        if state.options.admin_needs_key {
+            guarded = guarded.layer(middleware::from_fn_with_state(Arc::clone(state), require_key));
+        }
+        self.finish(guarded.layer(middleware::from_fn(admin::refuse_web_pages)).merge(probes()))
+    }
+
+    /// What every request passes.
+    fn finish(&self, routes: Router<Arc<AppState>>) -> Router {
+        let state = &self.state;
+        routes
+            .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+            .layer(middleware::from_fn_with_state(state.options.body_timeout, limit_body_time))
+            .layer(middleware::from_fn_with_state(Arc::clone(state), observe))
+            .with_state(Arc::clone(state))
+    }
+
+    pub(crate) fn engine(&self) -> &EngineHandle {
+        &self.state.model.engine
+    }
+
+    pub(crate) fn options(&self) -> &ServerOptions {
+        &self.state.options
+    }
+
+    /// Waits until somebody asks for the end of the server over the admin address.
+    pub(crate) async fn drain_requested(&self) {
+        self.state.drain.notified().await;
+    }
+
+    /// Answers every open request with an error, and every later one.
+    pub(crate) fn give_up_requests(&self, message: &str) {
+        self.state.given_up.send_replace(Some(message.into()));
+    }
+}
+
+/// What a supervisor and a load balancer ask, without a key.
+fn probes() -> Router<Arc<AppState>> {
+    Router::new()
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
-        .method_not_allowed_fallback(method_not_allowed);
-    Ok(guarded
-        .merge(open)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), observe))
-        .with_state(state))
+        .method_not_allowed_fallback(method_not_allowed)
 }
 
 /// Seconds since 1970; 0 when the clock stands before.

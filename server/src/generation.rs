@@ -17,6 +17,7 @@ use nibble_model::detokenizer::Detokenizer;
 use nibble_model::error::CheckpointError;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 
 use crate::app::AppState;
 use crate::metrics::{Outcome, RequestMetrics};
@@ -30,7 +31,10 @@ pub(crate) struct Generation {
     engine: EngineHandle,
     metrics: RequestMetrics,
     events: UnboundedReceiver<Delivery>,
+    /// Why the engine will send nothing more, if that is so.
+    given_up: watch::Receiver<Option<Arc<str>>>,
     choices: Vec<Choice>,
+    choices_per_prompt: usize,
     usage: Usage,
 }
 
@@ -131,9 +135,14 @@ impl Generation {
             engine,
             metrics: state.metrics.request(arrived_at),
             events,
+            given_up: state.given_up.subscribe(),
             choices: Vec::new(),
+            choices_per_prompt: request.choices_per_prompt(),
             usage: Usage::default(),
         };
+        if let Some(message) = generation.given_up.borrow().as_deref() {
+            return Err(ApiError::Unavailable { message: message.to_owned() });
+        }
         for prompt in request.prompts() {
             generation.usage.prompt_tokens += prompt.token_ids.len();
             for choice in 0..request.choices_per_prompt() {
@@ -166,8 +175,9 @@ impl Generation {
     /// request is over.
     pub(crate) async fn next(&mut self) -> Option<Result<ChoiceEvent, ApiError>> {
         while self.choices.iter().any(|choice| choice.text.is_some()) {
-            let Some(delivery) = self.events.recv().await else {
-                return Some(Err(self.fail("the engine stopped before the request was finished")));
+            let delivery = match self.delivery().await {
+                Ok(delivery) => delivery,
+                Err(message) => return Some(Err(self.fail(&message))),
             };
             match self.take(delivery) {
                 Ok(None) => {}
@@ -176,6 +186,20 @@ impl Generation {
             }
         }
         None
+    }
+
+    /// The next event of the engine, or why there is none.
+    async fn delivery(&mut self) -> Result<Delivery, Arc<str>> {
+        if let Ok(delivery) = self.events.try_recv() {
+            return Ok(delivery);
+        }
+        let stopped = || Arc::from("the engine stopped before the request was finished");
+        tokio::select! {
+            delivery = self.events.recv() => delivery.ok_or_else(stopped),
+            message = self.given_up.wait_for(Option::is_some) => {
+                Err(message.ok().and_then(|message| message.clone()).unwrap_or_else(stopped))
+            }
+        }
     }
 
     /// Waits until every choice has ended.
@@ -239,7 +263,9 @@ impl Generation {
                 self.usage.completion_tokens += completion_tokens.saturating_sub(choice.generated_tokens);
                 let stop_token =
                     stop_token.filter(|token| !self.engine.limits().eos_token_ids.contains(token));
-                Some(choice.end(reason, stop_token)?)
+                let finish = choice.end(reason, stop_token)?;
+                choice.generated_tokens = completion_tokens.max(choice.generated_tokens);
+                Some(finish)
             }
             RequestEvent::Failed { message } => return Err(self.fail(&message)),
         };
@@ -315,6 +341,10 @@ impl Drop for Generation {
         for choice in self.choices.iter().filter(|choice| choice.text.is_some()) {
             self.engine.abort(choice.id);
             self.metrics.finished(Outcome::Abort);
+        }
+        for choices in self.choices.chunks(self.choices_per_prompt) {
+            let longest = choices.iter().map(|choice| choice.generated_tokens).max();
+            self.metrics.prompt_finished(self.choices_per_prompt, longest.unwrap_or(0));
         }
     }
 }

@@ -32,7 +32,7 @@ pub(crate) async fn ready(State(state): State<Arc<AppState>>) -> Response {
 fn respond(state: &AppState, draining_is_fine: bool) -> Response {
     let engine = &state.model.engine;
     // An idle engine's last step has no age, however long ago it was.
-    let stuck_for = engine.stats().last_step_age.filter(|&age| age >= state.options.stuck_after);
+    let stuck_for = engine.last_step_age().filter(|&age| age >= state.options.stuck_after);
     let (healthy, status, message) = match (engine.health(), stuck_for) {
         (Health::Failed { message }, _) => (false, "failed", Some(message)),
         (Health::Stopped, _) => (false, "stopped", None),

@@ -7,11 +7,14 @@
 //! beside each step the constraints.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod app;
 mod auth;
+mod body;
 mod generation;
 mod grammar;
 mod health;
+mod lenient;
 mod messages;
 mod metrics;
 mod observe;
@@ -22,6 +25,7 @@ mod stream;
 mod tools;
 mod validation;
 
-pub use app::{ServedModel, ServerOptions, router};
-pub use serve::{ServerError, serve};
+pub use app::{ServedModel, ServerOptions, Service};
+pub use auth::{ApiKeys, KeyError, Tenant};
+pub use serve::{ConnectionLimits, ServeOptions, ServerError, Socket, Sockets, Tls, TlsError};
 pub use tools::ToolCallFormat;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::body::HttpBody;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
@@ -11,6 +12,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::app::AppState;
+use crate::metrics::HttpRequest;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a client.
@@ -33,9 +35,9 @@ pub(crate) async fn observe(
     let id = given_id(&request).unwrap_or_else(|| Uuid::new_v4().simple().to_string());
     let header = HeaderValue::from_str(&id).ok();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    // Unknown addresses are one entry, or anybody could fill the memory with counters.
     let handler =
         request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
+    let request_bytes = known_bytes(request.body());
     let span = tracing::info_span!("request", %id);
     request.extensions_mut().insert(RequestIdentity { id, arrived_at });
     let mut response = next.run(request).instrument(span.clone()).await;
@@ -43,11 +45,23 @@ pub(crate) async fn observe(
         response.headers_mut().insert(X_REQUEST_ID, header);
     }
     let (status, elapsed) = (response.status().as_u16(), arrived_at.elapsed());
-    state.metrics.http(&handler, known_method(method.as_str()), status, elapsed);
+    state.metrics.http(HttpRequest {
+        handler: &handler,
+        method: known_method(method.as_str()),
+        status,
+        elapsed,
+        request_bytes,
+        response_bytes: known_bytes(response.body()),
+    });
     span.in_scope(|| {
         tracing::info!(%method, path, status, milliseconds = elapsed.as_millis() as u64, "answered");
     });
     response
+}
+
+/// Bytes of a body whose length is known in advance, else 0.
+fn known_bytes(body: &impl HttpBody) -> u64 {
+    body.size_hint().exact().unwrap_or(0)
 }
 
 /// The client's own id, when it is a plain word.

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::request::{EventSink, Request, RequestId};
 use crate::runner::RunnerLimits;
@@ -160,7 +160,7 @@ pub(crate) struct SharedState {
 
 impl Shared {
     pub(crate) fn new(limits: RunnerLimits, config: EngineConfig) -> Self {
-        let stats = EngineStats::new(limits.blocks, limits.block_size);
+        let stats = EngineStats::new(&limits);
         let state = SharedState {
             health: Health::Ready,
             stats,
@@ -176,12 +176,6 @@ impl Shared {
     /// only assigns whole values.
     pub(crate) fn state(&self) -> MutexGuard<'_, SharedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The longest sequence that fits the model and the whole KV cache. The last token generated is never
-    /// fed back, so it needs no place in the cache.
-    fn maximum_tokens(&self) -> usize {
-        self.limits.maximum_sequence_tokens.min(self.limits.blocks * self.limits.block_size + 1)
     }
 }
 
@@ -239,7 +233,7 @@ impl EngineHandle {
         }
         let prompt_tokens = request.prompt.len();
         let max_tokens = request.sampling.max_tokens;
-        let maximum_tokens = self.shared.maximum_tokens();
+        let maximum_tokens = self.maximum_tokens();
         // Even a prompt that nothing is generated after needs its place in the cache.
         if prompt_tokens.saturating_add(max_tokens.max(1)) > maximum_tokens {
             return Err(SubmitError::TooLong { prompt_tokens, max_tokens, maximum_tokens });
@@ -276,9 +270,19 @@ impl EngineHandle {
         stats
     }
 
+    /// [`EngineStats::last_step_age`] alone.
+    pub fn last_step_age(&self) -> Option<Duration> {
+        self.shared.state().working_since.map(|since| since.elapsed())
+    }
+
     /// Whether the engine works.
     pub fn health(&self) -> Health {
         self.shared.state().health.clone()
+    }
+
+    /// How the engine runs.
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config
     }
 
     /// What the runner can hold.
@@ -288,6 +292,6 @@ impl EngineHandle {
 
     /// The longest sequence that fits, prompt and completion together, in tokens.
     pub fn maximum_tokens(&self) -> usize {
-        self.shared.maximum_tokens()
+        self.shared.limits.maximum_tokens()
     }
 }

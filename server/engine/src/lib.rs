@@ -27,4 +27,4 @@ pub use model_runner::ModelRunner;
 pub use request::{EventSink, FinishReason, Request, RequestEvent, RequestId, SinkState};
 pub use runner::{RunnerLimits, StepError, StepRunner};
 pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
-pub use stats::{EngineStats, FinishedCounts, Histogram};
+pub use stats::{EngineStats, FinishedCounts, Histogram, token_bounds};

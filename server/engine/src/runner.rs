@@ -17,6 +17,14 @@ pub struct RunnerLimits {
     pub eos_token_ids: Vec<u32>,
 }
 
+impl RunnerLimits {
+    /// The longest sequence that fits the model and the whole KV cache, prompt and completion together. The last
+    /// token generated is never fed back, so it needs no place in the cache.
+    pub fn maximum_tokens(&self) -> usize {
+        self.maximum_sequence_tokens.min(self.blocks * self.block_size + 1)
+    }
+}
+
 /// A step could not be computed. The runner's state is unknown after it: the engine stops.
 #[derive(Debug, thiserror::Error)]
 #[error("the step failed: {message}")]

@@ -42,6 +42,15 @@ pub(crate) struct Times {
     pub(crate) submitted: Duration,
     pub(crate) started: Option<Duration>,
     pub(crate) first_token: Option<Duration>,
+    pub(crate) last_token: Option<Duration>,
+}
+
+/// Tokens of a prompt that a step computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ComputedPromptTokens {
+    pub(crate) first_time: usize,
+    /// After a preemption.
+    pub(crate) again: usize,
 }
 
 /// A request and what was computed of it.
@@ -70,6 +79,8 @@ pub(crate) struct Sequence {
     prompt_tokens: usize,
     /// Prompt tokens that were in the cache at least once: what preemption computes again is not new.
     prompt_tokens_counted: usize,
+    /// Of these, the tokens that were found in the prefix cache.
+    prompt_tokens_found: usize,
     /// Tokens that end it, sorted.
     stop_tokens: Vec<u32>,
     constraint: Option<Box<dyn TokenConstraint>>,
@@ -108,10 +119,11 @@ impl Sequence {
             blocks: Vec::new(),
             named_blocks: 0,
             computed: 0,
-            times: Times { submitted, started: None, first_token: None },
+            times: Times { submitted, started: None, first_token: None, last_token: None },
             unscored: 0..scored,
             prompt_tokens: prompt.len(),
             prompt_tokens_counted: 0,
+            prompt_tokens_found: 0,
             tokens: prompt,
             draft_tokens: 0,
             lookup: None,
@@ -244,12 +256,24 @@ impl Sequence {
         self.unscored.is_empty()
     }
 
-    /// Records that `tokens` more tokens were computed; returns how many tokens of the prompt are in the cache
-    /// for the first time.
-    pub(crate) fn advance(&mut self, tokens: usize) -> usize {
+    /// Records that `tokens` more tokens were computed.
+    pub(crate) fn advance(&mut self, tokens: usize) -> ComputedPromptTokens {
+        let before = self.computed.min(self.prompt_tokens);
         self.computed += tokens;
+        let computed = self.computed.min(self.prompt_tokens) - before;
+        let first_time = self.count_prompt_tokens();
+        ComputedPromptTokens { first_time, again: computed - first_time }
+    }
+
+    /// Counts the tokens of the prompt that are in the cache for the first time.
+    fn count_prompt_tokens(&mut self) -> usize {
         let reached = self.computed.min(self.prompt_tokens).max(self.prompt_tokens_counted);
         reached - std::mem::replace(&mut self.prompt_tokens_counted, reached)
+    }
+
+    /// Tokens of the prompt that were computed, each counted once: the others were found in the prefix cache.
+    pub(crate) fn computed_prompt_tokens(&self) -> usize {
+        self.prompt_tokens_counted - self.prompt_tokens_found
     }
 
     /// Appends a sampled token; says why the sequence ends with it, if it does.
@@ -264,8 +288,9 @@ impl Sequence {
         }
     }
 
-    /// Takes blocks for every known token: `cached` ones for the first, new ones for the rest.
-    pub(crate) fn occupy(&mut self, cached: &[BlockId], pool: &mut BlockPool) {
+    /// Takes blocks for every known token: `cached` ones for the first, new ones for the rest. Returns how many
+    /// tokens of the prompt are in the cache for the first time.
+    pub(crate) fn occupy(&mut self, cached: &[BlockId], pool: &mut BlockPool) -> usize {
         // First those, so that none of them is evicted for a new one.
         cached.iter().for_each(|&block| pool.share(block));
         self.blocks.extend_from_slice(cached);
@@ -273,6 +298,9 @@ impl Sequence {
         self.computed = cached.len() * pool.block_size();
         let blocks = self.tokens.len().div_ceil(pool.block_size());
         self.blocks.extend((cached.len()..blocks).map_while(|_| pool.allocate()));
+        let found = self.count_prompt_tokens();
+        self.prompt_tokens_found += found;
+        found
     }
 
     /// Offers the blocks that have become full to later sequences.

@@ -10,6 +10,8 @@ use nibble_model::chat_template::ChatTemplateError;
 use nibble_model::error::CheckpointError;
 use serde::Serialize;
 
+use crate::body::BodyTimedOut;
+
 /// Seconds after which a client that met a full queue may try again.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 
@@ -28,6 +30,12 @@ pub(crate) enum ApiError {
     /// The body is larger than the server takes.
     #[error("the body is larger than {limit_bytes} bytes; shorten the prompt")]
     BodyTooLarge { limit_bytes: usize },
+    /// The body came too slowly.
+    #[error("{0}")]
+    BodyTimedOut(String),
+    /// A page in a browser speaks to the admin address.
+    #[error("the admin address does not answer web pages: the request has an Origin header")]
+    FromWebPage,
     /// A field that must be there is not.
     #[error("{param} is missing, expected {expected}")]
     MissingField { param: String, expected: String },
@@ -125,6 +133,8 @@ impl ApiError {
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, Some("unsupported_content_type"))
             }
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("request_too_large")),
+            Self::BodyTimedOut(_) => (StatusCode::REQUEST_TIMEOUT, INVALID, Some("request_timeout")),
+            Self::FromWebPage => (StatusCode::FORBIDDEN, INVALID, Some("forbidden")),
             Self::MissingField { .. } => {
                 (StatusCode::BAD_REQUEST, INVALID, Some("missing_required_parameter"))
             }
@@ -199,6 +209,9 @@ impl ApiError {
     pub(crate) fn unreadable(rejection: &BytesRejection, limit_bytes: usize) -> Self {
         if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
             return Self::BodyTooLarge { limit_bytes };
+        }
+        if let Some(timed_out) = BodyTimedOut::cause_of(rejection) {
+            return Self::BodyTimedOut(timed_out.to_string());
         }
         Self::UnreadableBody { problem: rejection.body_text() }
     }

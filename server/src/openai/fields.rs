@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use crate::lenient::IgnoredFields;
 
 /// The largest body the server reads, in bytes: far more text than any context holds.
 pub(crate) const BODY_LIMIT_BYTES: usize = 8 << 20;
@@ -21,14 +22,16 @@ const WITHOUT_EFFECT: [&str; 6] =
 #[derive(Debug)]
 pub(crate) struct Fields {
     object: Map<String, Value>,
+    /// Where the names of unknown fields go; absent when they are refused.
+    ignored: Option<IgnoredFields>,
 }
 
 impl Fields {
-    fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    fn parse(body: &[u8], ignored: Option<IgnoredFields>) -> Result<Self, ApiError> {
         let mut object: Map<String, Value> = serde_json::from_slice(body)
             .map_err(|error| ApiError::InvalidJson { problem: error.to_string() })?;
         object.retain(|_, value| !value.is_null());
-        Ok(Self { object })
+        Ok(Self { object, ignored })
     }
 
     /// Takes the field `name`, if it is there. `expected` describes its type to the user.
@@ -56,16 +59,20 @@ impl Fields {
             .ok_or_else(|| ApiError::MissingField { param: name.to_owned(), expected: expected.to_owned() })
     }
 
-    /// Refuses what was not taken, unless it changes nothing.
+    /// Refuses what was not taken, unless it changes nothing or the server ignores such fields.
     pub(crate) fn finish(self) -> Result<(), ApiError> {
         for (param, value) in self.object {
             if WITHOUT_EFFECT.contains(&param.as_str()) {
                 continue;
             }
-            match is_neutral(&param, &value) {
-                None => return Err(ApiError::UnknownField { param }),
-                Some(false) => return Err(ApiError::UnsupportedField { param, found: short(&value) }),
-                Some(true) => {}
+            let neutral = is_neutral(&param, &value);
+            match (neutral, &self.ignored) {
+                (Some(true), _) => {}
+                (_, Some(ignored)) => ignored.add(param),
+                (None, None) => return Err(ApiError::UnknownField { param }),
+                (Some(false), None) => {
+                    return Err(ApiError::UnsupportedField { param, found: short(&value) });
+                }
             }
         }
         Ok(())
@@ -134,9 +141,10 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
         if !essence.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::UnsupportedMediaType { found: essence.to_owned() });
         }
+        let ignored = request.extensions().get::<IgnoredFields>().cloned();
         let body = Bytes::from_request(request, state)
             .await
             .map_err(|rejection| ApiError::unreadable(&rejection, BODY_LIMIT_BYTES))?;
-        Self::parse(&body)
+        Self::parse(&body, ignored)
     }
 }

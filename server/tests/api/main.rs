@@ -1,10 +1,15 @@
 //! The API as a client sees it, over a model that knows the alphabet.
 
+mod admin;
 mod answers;
 mod anything;
+mod files;
 mod hang_up;
+mod lenient;
+mod metrics;
 mod refusals;
 mod service;
+mod slow_clients;
 mod streams;
 mod structured;
 mod support;

@@ -1,11 +1,12 @@
 //! Health, metrics, keys, limits, the end of a server.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::Request;
 use nibble_engine::{EngineConfig, Health};
-use nibble_server::ServerOptions;
+use nibble_server::{ApiKeys, ServeOptions, ServerOptions};
 use serde_json::{Value, json};
 
 use crate::support::{CHAT, COMPLETIONS, Options, Server, post};
@@ -131,37 +132,6 @@ async fn of_a_request_that_does_not_fit_into_the_queue_nothing_runs() {
 }
 
 #[tokio::test]
-async fn metrics_tell_what_happened() {
-    let server = Server::new();
-    server.ok(COMPLETIONS, json!({"prompt": "abx", "temperature": 0})).await;
-    server.ok(COMPLETIONS, json!({"prompt": "a", "temperature": 0, "max_tokens": 4})).await;
-    server.post(CHAT, json!({})).await;
-    for (name, value) in [
-        ("nibble:num_requests_running{", 0.0),
-        ("nibble:num_requests_waiting{", 0.0),
-        ("nibble:kv_cache_usage_perc{", 0.0),
-        ("nibble:num_preemptions_total{", 0.0),
-        ("nibble:prompt_tokens_total{", 4.0),
-        ("nibble:generation_tokens_total{", 7.0),
-        ("nibble:prefix_cache_queries_total{", 4.0),
-        ("nibble:prefix_cache_hits_total{", 0.0),
-        ("nibble:iteration_tokens_total_count{", 7.0),
-        ("nibble:time_to_first_token_seconds_count{", 2.0),
-        ("nibble:inter_token_latency_seconds_count{", 4.0),
-        ("nibble:e2e_request_latency_seconds_count{", 2.0),
-        ("nibble:request_queue_time_seconds_count{", 2.0),
-        ("nibble:request_prefill_time_seconds_count{", 2.0),
-        ("nibble:request_decode_time_seconds_count{", 2.0),
-        ("nibble:request_success_total{finished_reason=\"stop\"", 1.0),
-        ("nibble:request_success_total{finished_reason=\"length\"", 1.0),
-        ("http_requests_total{handler=\"/v1/completions\",method=\"POST\",status=\"2xx\"", 2.0),
-        ("http_requests_total{handler=\"/v1/chat/completions\",method=\"POST\",status=\"4xx\"", 1.0),
-    ] {
-        assert_eq!(server.metric(name).await, Some(value), "{name}");
-    }
-}
-
-#[tokio::test]
 async fn buckets_count_everything_below_them() {
     let server = Server::new();
     server.ok(COMPLETIONS, json!({"prompt": "abcdefghijx", "temperature": 0})).await;
@@ -178,8 +148,8 @@ async fn buckets_count_everything_below_them() {
 
 #[tokio::test]
 async fn every_address_but_health_needs_a_key_when_there_are_keys() {
-    let api_keys = vec!["one".to_owned(), "two".to_owned()];
-    let server = ServerOptions { api_keys, ..ServerOptions::default() };
+    let api_keys = ApiKeys::new(&["one".to_owned(), "two".to_owned()], None).unwrap();
+    let server = ServerOptions { api_keys: Arc::new(api_keys), ..ServerOptions::default() };
     let server = Server::with(Options { server, ..Options::default() });
     let get = |path: &str, key: Option<&str>| {
         let request = Request::get(path);
@@ -219,12 +189,56 @@ async fn a_request_keeps_the_id_that_it_brings_if_it_is_a_plain_word() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_whose_engine_dies_ends_with_an_error() {
     let server = Server::with(Options { failing_step: Some(0), ..Options::default() });
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let router = server.router.clone();
-    let serving = nibble_server::serve(listener, router, server.engine.clone(), Duration::from_secs(5));
-    let serving = tokio::spawn(serving);
+    let serving = server.serve(None, ServeOptions::default()).await.end;
     server.post(COMPLETIONS, json!({"prompt": "a"})).await;
     let error = serving.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("the device is gone"), "{error}");
     assert!(matches!(server.engine.health(), Health::Failed { .. }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_hangs_fails_open_requests_and_ends_the_server_with_an_error() {
+    let (server, gate) = Server::gated(Options::default());
+    let stuck_timeout = Duration::from_millis(500);
+    let serving = server.serve(None, ServeOptions { stuck_timeout, ..ServeOptions::default() }).await;
+    let body = json!({"prompt": "a", "temperature": 0});
+    let whole = tokio::spawn({
+        let (server, body) = (server.clone(), body.clone());
+        async move { server.post(COMPLETIONS, body).await }
+    });
+    gate.step_has_begun();
+    gate.let_go();
+    gate.step_has_begun();
+    let streamed = tokio::spawn({
+        let (server, body) = (server.clone(), body.clone());
+        async move { server.stream(COMPLETIONS, body).await }
+    });
+    let error = serving.end.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("has not finished a step"), "{error}");
+    let (status, body) = whole.await.unwrap();
+    assert_eq!((status.as_u16(), &body["error"]["code"]), (503, &json!("service_unavailable")));
+    let last = streamed.await.unwrap().pop().unwrap();
+    assert!(last["error"]["message"].as_str().unwrap().contains("has not finished a step"), "{last}");
+    let (status, _) = server.post(COMPLETIONS, json!({"prompt": "b"})).await;
+    assert_eq!(status, 503, "later ones do not wait for ever");
+    drop(gate);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_server_does_not_hang_and_a_slow_step_below_the_timeout_is_none() {
+    let (server, gate) = Server::gated(Options::default());
+    let stuck_timeout = Duration::from_millis(600);
+    let serving = server.serve(None, ServeOptions { stuck_timeout, ..ServeOptions::default() }).await;
+    tokio::time::sleep(Duration::from_millis(900)).await;
+    let running = tokio::spawn({
+        let server = server.clone();
+        async move { server.ok(COMPLETIONS, json!({"prompt": "a", "temperature": 0, "max_tokens": 4})).await }
+    });
+    for _ in 0..4 {
+        gate.step_has_begun();
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        gate.let_go();
+    }
+    running.await.unwrap();
+    assert!(!serving.end.is_finished(), "four steps took more than the timeout together, none alone");
 }

@@ -16,9 +16,11 @@ use nibble_model::config::ModelConfig;
 use nibble_model::forward::{Batch, Logits};
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
-use nibble_server::{ServedModel, ServerOptions};
+use nibble_server::{ServeOptions, ServedModel, ServerError, ServerOptions, Service, Socket, Sockets, Tls};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tower::ServiceExt;
 
 /// Long enough for any machine; only a hang reaches it.
@@ -138,6 +140,7 @@ impl Gate {
 /// A server without a socket; clones are the same server.
 #[derive(Clone)]
 pub(crate) struct Server {
+    pub(crate) service: Service,
     pub(crate) router: Router,
     pub(crate) engine: EngineHandle,
 }
@@ -171,7 +174,8 @@ impl Server {
             generation_config,
             engine: engine.clone(),
         };
-        Self { router: nibble_server::router(model, server).unwrap(), engine }
+        let service = Service::new(model, server).unwrap();
+        Self { router: service.router(), service, engine }
     }
 
     /// Status, headers and body of the answer to any request.
@@ -225,8 +229,22 @@ impl Server {
     pub(crate) async fn listen(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        tokio::spawn(axum::serve(listener, self.router.clone()).into_future());
+        let sockets = Sockets { api: Socket { listener, tls: None }, admin: None };
+        tokio::spawn(self.service.clone().serve(sockets, ServeOptions::default()));
         address
+    }
+
+    /// A whole server with its addresses, that of the API and that of the admin, until it ends.
+    pub(crate) async fn serve(&self, tls: Option<Arc<Tls>>, options: ServeOptions) -> Serving {
+        let (api, admin) = (
+            TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        );
+        let (address, admin_address) = (api.local_addr().unwrap(), admin.local_addr().unwrap());
+        let admin = Some(Socket { listener: admin, tls: None });
+        let sockets = Sockets { api: Socket { listener: api, tls }, admin };
+        let end = tokio::spawn(self.service.clone().serve(sockets, options));
+        Serving { address: address.to_string(), admin: admin_address.to_string(), end }
     }
 
     /// Waits until the engine's statistics are as wanted.
@@ -248,6 +266,23 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+/// A server with sockets.
+pub(crate) struct Serving {
+    pub(crate) address: String,
+    pub(crate) admin: String,
+    pub(crate) end: JoinHandle<Result<(), ServerError>>,
+}
+
+/// Status and everything else of the answer to a request without a body, over a socket of its own.
+pub(crate) async fn ask(address: &str, head: &str) -> (u16, String) {
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("{head} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    (answer[9..12].parse().unwrap(), answer)
 }
 
 /// A POST of a JSON text.

@@ -93,7 +93,7 @@ impl Scheduler {
             in_flight: None,
             spare_plan: StepPlan::default(),
             cached_prefix: Vec::new(),
-            counters: EngineStats::new(limits.blocks, limits.block_size),
+            counters: EngineStats::new(limits),
         }
     }
 
@@ -120,16 +120,14 @@ impl Scheduler {
             if sequence.times.started.is_none() {
                 self.started.push(Arc::clone(&sequence.tenant));
             }
-            effects.push(finish(&sequence, FinishReason::Aborted, None));
-            self.counters.finished.aborted += 1;
+            effects.push(abort(&sequence, &mut self.counters));
         } else if let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
             if let Some(after) = self.in_flight {
                 self.running[index].state = SequenceState::Ending { after };
             } else {
                 let mut sequence = self.running.remove(index);
                 sequence.release(&mut self.pool);
-                effects.push(finish(&sequence, FinishReason::Aborted, None));
-                self.counters.finished.aborted += 1;
+                effects.push(abort(&sequence, &mut self.counters));
             }
         }
     }
@@ -269,7 +267,9 @@ impl Scheduler {
                 return;
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
-            sequence.occupy(&self.cached_prefix, &mut self.pool);
+            let found = sequence.occupy(&self.cached_prefix, &mut self.pool) as u64;
+            self.counters.prompt_tokens += found;
+            self.counters.prompt_tokens_cached += found;
             if sequence.reads_cache() {
                 self.counters.prefix_cache_queries += sequence.tokens().len() as u64;
                 self.counters.prefix_cache_hits += sequence.computed as u64;
@@ -301,8 +301,9 @@ impl Scheduler {
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             let draft = sequence.take_draft();
-            let computed = planned.tokens - planned.draft_tokens;
-            self.counters.prompt_tokens += sequence.advance(computed) as u64;
+            let computed = sequence.advance(planned.tokens - planned.draft_tokens);
+            self.counters.prompt_tokens += computed.first_time as u64;
+            self.counters.prompt_tokens_recomputed += computed.again as u64;
             if sequence.state == SequenceState::Running {
                 let before = sequence.completion().len();
                 let outcome = Outcome {
@@ -322,8 +323,7 @@ impl Scheduler {
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
-                effects.push(finish(sequence, FinishReason::Aborted, None));
-                self.counters.finished.aborted += 1;
+                effects.push(abort(sequence, &mut self.counters));
             } else if sequence.state != SequenceState::Ended {
                 return true;
             }
@@ -454,6 +454,7 @@ fn take_outcome(
 fn fail(sequence: &mut Sequence, message: &str, counters: &mut EngineStats, effects: &mut Vec<Effect>) {
     sequence.state = SequenceState::Ended;
     counters.finished.failed += 1;
+    counters.observe_end(sequence);
     effects.push(Effect { request: sequence.id, kind: EffectKind::Failed { message: message.to_owned() } });
 }
 
@@ -471,6 +472,7 @@ fn take_token(
         // The prompt was all that was wanted.
         sequence.state = SequenceState::Ended;
         effects.push(finish(sequence, FinishReason::Length, None));
+        counters.observe_end(sequence);
         counters.finished.length += 1;
         return;
     }
@@ -479,7 +481,8 @@ fn take_token(
     if sequence.times.first_token.is_none() {
         counters.prefill_seconds.observe_between(started, now);
     }
-    let first_token = *sequence.times.first_token.get_or_insert(now);
+    sequence.times.first_token.get_or_insert(now);
+    sequence.times.last_token = Some(now);
     let reason = sequence.append(token_id);
     if reason != Some(FinishReason::Stop) {
         effects.push(Effect { request, kind: EffectKind::Token { token_id, logit_row } });
@@ -487,12 +490,19 @@ fn take_token(
     if let Some(reason) = reason {
         sequence.state = SequenceState::Ended;
         effects.push(finish(sequence, reason, Some(logit_row)));
-        counters.decode_seconds.observe_between(first_token, now);
+        counters.observe_end(sequence);
         match reason {
             FinishReason::Stop => counters.finished.stop += 1,
             _ => counters.finished.length += 1,
         }
     }
+}
+
+/// The terminal effect of a sequence that somebody aborted.
+fn abort(sequence: &Sequence, counters: &mut EngineStats) -> Effect {
+    counters.finished.aborted += 1;
+    counters.observe_end(sequence);
+    finish(sequence, FinishReason::Aborted, None)
 }
 
 /// The terminal effect of a sequence that ends without an error.

@@ -1,5 +1,8 @@
 //! `nibble serve`: a model over the OpenAI API.
 
+mod engine;
+mod service;
+
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,17 +10,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_engine::{Engine, EngineConfig, ModelRunner};
+use nibble_engine::{Engine, ModelRunner};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
-use nibble_server::{ServedModel, ServerOptions, ToolCallFormat};
+use nibble_server::{ServedModel, ServerOptions, Service, ToolCallFormat};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
 use crate::output::start_logging;
+use engine::EngineArguments;
+use service::ServiceArguments;
 
 /// Time that the runtime gives work that blocks when the server has stopped.
 const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
@@ -29,40 +34,16 @@ const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
 pub(crate) struct ServeArguments {
     /// A model directory or a Hugging Face id.
     model: String,
-    /// Address to listen on; 0.0.0.0 for all of this machine's.
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Port to listen on; 0 takes a free one.
-    #[arg(long, default_value_t = 8000)]
-    port: u16,
     /// Name of the model in the API; the directory's name or the Hugging Face id when not given.
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
     /// Longest sequence, prompt and completion together, in tokens.
     #[arg(long, value_name = "TOKENS")]
     max_model_len: Option<usize>,
-    /// Most sequences that run at once.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
-    max_num_seqs: u32,
-    /// Most tokens in a step: larger steps compute prompts faster, smaller ones hold up running answers less.
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
-    max_num_batched_tokens: u32,
-    /// Most requests that wait; more are answered with 429.
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
-    max_waiting_requests: u32,
     /// Memory of the KV cache, such as 2GiB; when not given, enough for all sequences within a quarter of the
     /// free memory and 4 GiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     kv_cache_memory: Option<u64>,
-    /// Compute every prompt from its beginning; answers are the same.
-    #[arg(long)]
-    no_prefix_caching: bool,
-    /// On SIGTERM: seconds to finish what was accepted.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    drain_timeout: u64,
-    /// Demand this key of every request but health checks; may be given several times.
-    #[arg(long, value_name = "KEY")]
-    api_key: Vec<String>,
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
@@ -71,7 +52,11 @@ pub(crate) struct ServeArguments {
     #[arg(long)]
     self_test: bool,
     #[command(flatten)]
+    engine: EngineArguments,
+    #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    service: ServiceArguments,
 }
 
 /// The formats of tool calls, under vLLM's names.
@@ -98,10 +83,7 @@ impl ToolCallParser {
 pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let started = Instant::now();
     start_logging("info");
-    // Bound first: a port that is taken is known before the model is loaded.
-    let address = (arguments.host.as_str(), arguments.port);
-    let listener = std::net::TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {}:{}", arguments.host, arguments.port))?;
+    let bound = arguments.service.bind()?;
     let checkpoint = open_checkpoint(&arguments.model)?;
     warn_of_quality_gate(checkpoint.directory());
     let self_test = match arguments.self_test {
@@ -114,7 +96,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
         max_model_len: arguments.max_model_len,
-        max_num_seqs: arguments.max_num_seqs as usize,
+        max_num_seqs: arguments.engine.max_num_seqs as usize,
         free_bytes: free_bytes(),
     };
     let plan = MemoryPlan::new(checkpoint.config(), wishes)?;
@@ -132,7 +114,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
     }
     let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(&arguments.model));
-    let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), engine_config(arguments))?;
+    let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), arguments.engine.config())?;
     let served = ServedModel {
         name: name.clone(),
         tokenizer: Arc::new(tokenizer),
@@ -142,21 +124,21 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     };
     drop(checkpoint);
     let options = ServerOptions {
-        api_keys: arguments.api_key.clone(),
         tool_call_format: arguments.tool_call_parser.format(),
-        ..ServerOptions::default()
+        ..arguments.service.server_options(&bound)
     };
-    let router = nibble_server::router(served, options)?;
+    let service = Service::new(served, options)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the threads of the server")?;
     let result = runtime.block_on(async {
-        listener.set_nonblocking(true)?;
-        let address = listener.local_addr()?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let (url, admin_address) = (bound.url()?, bound.admin_address()?);
+        let sockets = bound.sockets()?;
         tracing::info!(seconds = started.elapsed().as_secs_f32(), "loaded");
+        if let Some(address) = admin_address {
+            tracing::info!(%address, "the admin address is open");
+        }
         // The one line on standard output: scripts wait for it.
-        writeln!(std::io::stdout(), "serving {name} at http://{address}")?;
-        let drain_timeout = Duration::from_secs(arguments.drain_timeout);
-        nibble_server::serve(listener, router, engine.handle(), drain_timeout).await?;
+        writeln!(std::io::stdout(), "serving {name} at {url}")?;
+        service.serve(sockets, arguments.service.serve_options()).await?;
         anyhow::Ok(())
     });
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN);
@@ -174,19 +156,6 @@ fn warn_of_quality_gate(directory: &Path) {
             }
         }
         Err(error) => tracing::warn!("{error}"),
-    }
-}
-
-fn engine_config(arguments: &ServeArguments) -> EngineConfig {
-    let default = EngineConfig::default();
-    let max_step_tokens = arguments.max_num_batched_tokens as usize;
-    EngineConfig {
-        max_running_sequences: arguments.max_num_seqs as usize,
-        max_step_tokens,
-        max_prefill_chunk_tokens: default.max_prefill_chunk_tokens.min(max_step_tokens),
-        max_waiting_requests: arguments.max_waiting_requests as usize,
-        prefix_caching: !arguments.no_prefix_caching,
-        seed: default.seed,
     }
 }
 
