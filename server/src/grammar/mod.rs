@@ -7,7 +7,7 @@
 
 mod constraint;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::{Arc, OnceLock};
 

@@ -6,12 +6,19 @@ use super::*;
 
 /// Tokens of several bytes, after those of one.
 const WORDS: [&str; 9] = ["{\"", "\":", "true", "null", "  ", "\"}", "ab", "12", "}\n"];
-const END: u32 = 300;
+pub(crate) const END: u32 = 300;
+/// Tokenizers number added tokens themselves; the first is the end of sequence.
+pub(crate) const ADDED: u32 = 256 + WORDS.len() as u32 + 1;
 /// The model has logits for more tokens than the tokenizer.
-const VOCABULARY: usize = 320;
+pub(crate) const VOCABULARY: usize = 320;
 
 /// A tokenizer of bytes and some words.
 fn tokenizer() -> Tokenizer {
+    tokenizer_with(&[])
+}
+
+/// A tokenizer of bytes, some words, and tokens that are `added` from [`ADDED`] on, of which none is special.
+pub(crate) fn tokenizer_with(added: &[&str]) -> Tokenizer {
     let directory = tempfile::tempdir().unwrap();
     let mut moved = 0x100;
     let mut characters = Vec::new();
@@ -28,12 +35,17 @@ fn tokenizer() -> Tokenizer {
     let bytes = characters.iter().enumerate().map(|(byte, character)| (character.to_string(), byte.into()));
     let words = WORDS.iter().enumerate().map(|(index, word)| (spell(word), (256 + index).into()));
     let vocabulary: serde_json::Map<String, Value> = bytes.chain(words).collect();
-    let end = json!({
-        "id": END, "content": "<|end|>", "special": true,
-        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-    });
+    let token = |id: u32, content: &str, special: bool| {
+        json!({
+            "id": id, "content": content, "special": special,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        })
+    };
+    let mut added: Vec<Value> = (ADDED..).zip(added).map(|(id, content)| token(id, content, false)).collect();
+    added.insert(0, token(END, "<|end|>", true));
     let tokenizer = json!({
-        "added_tokens": [end],
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     });
