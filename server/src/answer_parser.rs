@@ -82,3 +82,63 @@ impl AnswerParser {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::reasoning::Thinking;
+    use crate::tools::ToolCallFormat;
+
+    fn parse(pieces: &[&str]) -> AnswerDelta {
+        let calls = ToolCallParser::new(ToolCallFormat::Hermes, vec!["f".to_owned()], true);
+        let reasoning = Some(ReasoningParser::new(Thinking::Possible));
+        let mut parser = AnswerParser { reasoning, calls: Some(calls) };
+        let mut whole = AnswerDelta::default();
+        for (at, piece) in pieces.iter().enumerate() {
+            let delta = parser.push(piece, at + 1 == pieces.len());
+            whole.reasoning.push_str(&delta.reasoning);
+            whole.content.push_str(&delta.content);
+            for (index, call) in delta.calls {
+                if index == whole.calls.len() {
+                    whole.calls.push((index, call));
+                } else {
+                    assert_eq!(call.name, None);
+                    whole.calls[index].1.arguments.push_str(&call.arguments);
+                }
+            }
+        }
+        assert_eq!(parser.has_calls(), !whole.calls.is_empty());
+        whole
+    }
+
+    const CALL: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"ß\"}}\n</tool_call>";
+
+    #[test]
+    fn calls_are_found_behind_thoughts_and_not_in_them() {
+        let delta = parse(&[&format!("<think>{CALL} or not</think>\n\nSo: {CALL}\n{CALL}")]);
+        assert_eq!((delta.reasoning, delta.content.as_str()), (format!("{CALL} or not"), "So:"));
+        let arguments: Vec<&str> = delta.calls.iter().map(|(_, call)| call.arguments.as_str()).collect();
+        assert_eq!(arguments, ["{\"a\": \"ß\"}"; 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_result_does_not_depend_on_the_pieces(
+            parts in prop::collection::vec(
+                prop::sample::select(vec!["<think>", "</think>", "<thi", "\n", "a b", CALL, "<tool_call>", "{"]),
+                0..9,
+            ),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..8),
+        ) {
+            let text = parts.concat();
+            let borders: Vec<usize> = (0..=text.len()).filter(|&at| text.is_char_boundary(at)).collect();
+            let mut cuts: Vec<usize> = cuts.iter().map(|cut| borders[cut.index(borders.len())]).collect();
+            cuts.extend([0, text.len()]);
+            cuts.sort_unstable();
+            let pieces: Vec<&str> = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).collect();
+            prop_assert_eq!(parse(&pieces), parse(&[&text]));
+        }
+    }
+}
