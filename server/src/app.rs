@@ -22,6 +22,7 @@ use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
 use crate::openai::{chat, completions, models, tokenize};
+use crate::reasoning::{Reasoning, ReasoningFormat};
 use crate::tools::ToolCallFormat;
 use crate::{ServerError, admin, health};
 
@@ -62,6 +63,10 @@ pub struct ServerOptions {
     /// Ignore the unknown and unsupported fields of requests, and name them in the header
     /// `x-nibble-ignored-fields` of the answer, instead of refusing them.
     pub ignore_unknown_fields: bool,
+    /// How the model marks what it thinks; what its chat template says if absent.
+    pub reasoning_parser: Option<ReasoningFormat>,
+    /// Whether requests may bring chat templates of their own.
+    pub trust_request_chat_template: bool,
 }
 
 impl Default for ServerOptions {
@@ -77,6 +82,8 @@ impl Default for ServerOptions {
             tool_call_format: None,
             vllm_metrics: false,
             ignore_unknown_fields: false,
+            reasoning_parser: None,
+            trust_request_chat_template: false,
         }
     }
 }
@@ -104,6 +111,8 @@ pub(crate) struct AppState {
     pub(crate) given_up: watch::Sender<Option<Arc<str>>>,
     /// Told when somebody asks for the end of the server.
     pub(crate) drain: Notify,
+    /// How the model marks what it thinks, as far as it is known.
+    pub(crate) reasoning: Option<Reasoning>,
     /// When the server started, in seconds since 1970.
     pub(crate) started_at: u64,
     pub(crate) options: ServerOptions,
@@ -124,6 +133,12 @@ impl Service {
         let metrics = Metrics::new(model.engine.clone(), &model.name)?;
         let limits = model.engine.limits();
         let tokenizer = Arc::clone(&model.tokenizer);
+        let template = model.chat_template.as_deref();
+        let reasoning_parser =
+            options.reasoning_parser.or_else(|| template.and_then(ReasoningFormat::of_template));
+        let reasoning = reasoning_parser.map(|ReasoningFormat::ThinkTags| {
+            Reasoning::new(Arc::clone(&tokenizer), limits.vocabulary_size, limits.eos_token_ids.clone())
+        });
         let grammars = Grammars::new(tokenizer, limits.vocabulary_size, limits.eos_token_ids.clone());
         let of_template = || ToolCallFormat::of_template(model.chat_template.as_deref()?);
         let tool_call_format = options.tool_call_format.or_else(of_template);
@@ -132,6 +147,7 @@ impl Service {
             metrics,
             grammars,
             tool_call_format,
+            reasoning,
             started_at: seconds_since_1970(),
             given_up: watch::Sender::new(None),
             drain: Notify::new(),

@@ -3,10 +3,12 @@
 mod admin;
 mod answers;
 mod anything;
+mod chats;
 mod files;
 mod hang_up;
 mod lenient;
 mod metrics;
+mod prompts;
 mod refusals;
 mod service;
 mod slow_clients;

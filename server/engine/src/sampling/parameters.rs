@@ -25,6 +25,11 @@ pub struct SamplingParameters {
     pub presence_penalty: f32,
     /// Added to the logits of single tokens before anything else.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Sample only these tokens; all if absent.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Words as sequences of tokens, none of them empty: the last token of one is never sampled where the others are
+    /// the end of the completion.
+    pub bad_words: Vec<Vec<u32>>,
     /// Makes the completion reproducible; the engine picks one if absent.
     pub seed: Option<u64>,
     /// Tokens that end the sequence, besides the model's end-of-sequence tokens.
@@ -51,6 +56,8 @@ impl Default for SamplingParameters {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
             seed: None,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
@@ -98,7 +105,7 @@ impl SamplingParameters {
     ///
     /// # Errors
     /// The first parameter outside its range: a number that is not finite, a token id that is not below
-    /// `vocabulary_size`, `max_tokens` or `top_k` of 0, or a value outside the range in its description.
+    /// `vocabulary_size`, `max_tokens` or `top_k` of 0, an empty list of allowed tokens or an empty bad word, or a value outside the range in its description.
     pub fn check(&self, vocabulary_size: usize) -> Result<(), InvalidParameter> {
         if self.prompt_logprobs.is_none() {
             at_least_one("max_tokens", self.max_tokens)?;
@@ -115,8 +122,16 @@ impl SamplingParameters {
             in_vocabulary("logit_bias", token_id, vocabulary_size)?;
             in_range("logit_bias", bias, true, "finite numbers")?;
         }
-        for &token_id in &self.stop_token_ids {
-            in_vocabulary("stop_token_ids", token_id, vocabulary_size)?;
+        let allowed = self.allowed_token_ids.as_deref();
+        not_empty("allowed_token_ids", allowed.is_some_and(<[u32]>::is_empty))?;
+        for (parameter, token_ids) in
+            [("stop_token_ids", &self.stop_token_ids[..]), ("allowed_token_ids", allowed.unwrap_or_default())]
+        {
+            token_ids.iter().try_for_each(|&token_id| in_vocabulary(parameter, token_id, vocabulary_size))?;
+        }
+        for word in &self.bad_words {
+            not_empty("bad_words", word.is_empty())?;
+            word.iter().try_for_each(|&token_id| in_vocabulary("bad_words", token_id, vocabulary_size))?;
         }
         for (parameter, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
             if let Some(count) = count.filter(|&count| count > vocabulary_size) {
@@ -149,6 +164,13 @@ fn at_least_one(parameter: &'static str, value: usize) -> Result<(), InvalidPara
         return Ok(());
     }
     Err(InvalidParameter { parameter, found: value.to_string(), expected: "at least 1".to_owned() })
+}
+
+fn not_empty(parameter: &'static str, is_empty: bool) -> Result<(), InvalidParameter> {
+    if !is_empty {
+        return Ok(());
+    }
+    Err(InvalidParameter { parameter, found: "empty".to_owned(), expected: "at least one token".to_owned() })
 }
 
 fn in_range(

@@ -1,6 +1,6 @@
 //! One token from one row of logits: a pure function of the row, the request and its history.
 //!
-//! The order is vLLM's: tokens that the constraint does not allow masked; logit_bias; repetition, frequency and
+//! The order is vLLM's: tokens masked that allowed_token_ids, the constraint or bad_words do not allow; logit_bias; repetition, frequency and
 //! presence penalty; end-of-sequence and stop tokens masked before `min_tokens`, unless the constraint allows
 //! nothing else; then at temperature 0 the largest logit, else division by the
 //! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
@@ -79,8 +79,8 @@ pub(crate) enum SamplingError {
     )]
     NotFinite,
     #[error(
-        "logit_bias, penalties or min_tokens leave no finite logit to sample from, expected at least one token; \
-         weaken them"
+        "allowed_token_ids, bad_words, logit_bias, penalties, min_tokens and the structured output together leave no \
+         token to sample, expected at least one; weaken them"
     )]
     NothingLeft,
 }
@@ -136,11 +136,28 @@ impl Scratch {
             && allowed.is_none_or(|allowed| allowed.allows_others_than(row.stop_tokens));
         let repeats = parameters.repetition_penalty != 1.0;
         let counts = parameters.frequency_penalty != 0.0 || parameters.presence_penalty != 0.0;
-        if allowed.is_none() && !masks && !repeats && !counts && parameters.logit_bias.is_empty() {
+        let bans = !parameters.bad_words.is_empty();
+        let biases = !parameters.logit_bias.is_empty();
+        let allowed_tokens = parameters.allowed_token_ids.as_ref();
+        if allowed.is_none() && allowed_tokens.is_none() && !(masks || repeats || counts || bans || biases) {
             return false;
         }
         self.adjusted.clear();
-        self.adjusted.extend_from_slice(row.logits);
+        if let Some(allowed_tokens) = allowed_tokens {
+            self.adjusted.resize(row.logits.len(), f32::NEG_INFINITY);
+            for &token in allowed_tokens {
+                self.adjusted[token as usize] = row.logits[token as usize];
+            }
+        } else {
+            self.adjusted.extend_from_slice(row.logits);
+        }
+        for word in &parameters.bad_words {
+            if let Some((&last, before)) = word.split_last()
+                && row.completion.ends_with(before)
+            {
+                self.adjusted[last as usize] = f32::NEG_INFINITY;
+            }
+        }
         if let Some(allowed) = allowed {
             allowed.apply(&mut self.adjusted);
         }
