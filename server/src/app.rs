@@ -67,6 +67,8 @@ pub struct ServerOptions {
     pub reasoning_parser: Option<ReasoningFormat>,
     /// Whether requests may bring chat templates of their own.
     pub trust_request_chat_template: bool,
+    /// Whether requests may ask to be served before others.
+    pub priorities: bool,
 }
 
 impl Default for ServerOptions {
@@ -84,6 +86,7 @@ impl Default for ServerOptions {
             ignore_unknown_fields: false,
             reasoning_parser: None,
             trust_request_chat_template: false,
+            priorities: false,
         }
     }
 }

@@ -20,7 +20,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::app::AppState;
+use crate::auth::Tenant;
 use crate::metrics::{Outcome, RequestMetrics};
+use crate::observe::RequestIdentity;
 use crate::openai::error::ApiError;
 use crate::openai::types::common::Usage;
 use crate::stop_strings::{Found, StopStrings};
@@ -132,17 +134,18 @@ pub(crate) struct Finish {
 }
 
 impl Generation {
-    /// Submits the sequences of `request`, which arrived at `arrived_at`. On an error none of them runs.
+    /// Submits the sequences of `request`, as those of `tenant`. On an error none of them runs.
     pub(crate) fn start(
         state: &AppState,
         request: &ValidRequest,
-        arrived_at: Instant,
+        identity: &RequestIdentity,
+        tenant: &Tenant,
     ) -> Result<Self, ApiError> {
         let engine = state.model.engine.clone();
         let (sender, events) = unbounded_channel();
         let mut generation = Self {
             engine,
-            metrics: state.metrics.request(arrived_at),
+            metrics: state.metrics.request(identity.arrived_at),
             events,
             given_up: state.given_up.subscribe(),
             choices: Vec::new(),
@@ -164,7 +167,7 @@ impl Generation {
             let echo = if request.presentation().echo { prompt.echo.as_str() } else { "" };
             for choice in 0..request.choices_per_prompt() {
                 let sink = ChannelSink { choice: generation.choices.len(), events: sender.clone() };
-                let engine_request = request.engine_request(prompt, choice);
+                let engine_request = request.engine_request(prompt, choice, tenant);
                 let id = generation
                     .engine
                     .submit(engine_request, Box::new(sink))

@@ -19,6 +19,7 @@ use super::types::chat::{
 use super::types::common::Usage;
 use crate::answer_parser::{AnswerDelta, AnswerParser};
 use crate::app::{AppState, seconds_since_1970};
+use crate::auth::Tenant;
 use crate::generation::{ChoiceEvent, CompletedChoice, Generation};
 use crate::metrics::Outcome;
 use crate::observe::RequestIdentity;
@@ -30,11 +31,12 @@ use crate::validation::{Delivery, Presentation, ValidRequest};
 pub(crate) async fn chat_completions(
     State(state): State<Arc<AppState>>,
     Extension(identity): Extension<RequestIdentity>,
+    Extension(tenant): Extension<Tenant>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let request = ChatRequest::try_from(fields)?;
     let request = blocking(&state, move |state| ValidRequest::chat(state, request)).await?;
-    let generation = Generation::start(&state, &request, identity.arrived_at)?;
+    let generation = Generation::start(&state, &request, &identity, &tenant)?;
     let answer = Answer {
         id: format!("chatcmpl-{}", request.id(&identity.id)),
         created: seconds_since_1970(),

@@ -14,6 +14,7 @@ use super::logprobs::LogprobWriter;
 use super::types::common::Usage;
 use super::types::completions::{CompletionChoice, CompletionRequest, CompletionResponse};
 use crate::app::{AppState, seconds_since_1970};
+use crate::auth::Tenant;
 use crate::generation::{ChoiceEvent, CompletedChoice, Generation};
 use crate::observe::RequestIdentity;
 use crate::stream::{Chunks, stream};
@@ -23,11 +24,12 @@ use crate::validation::{Delivery, Presentation, ValidRequest};
 pub(crate) async fn completions(
     State(state): State<Arc<AppState>>,
     Extension(identity): Extension<RequestIdentity>,
+    Extension(tenant): Extension<Tenant>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::try_from(fields)?;
     let request = blocking(&state, move |state| ValidRequest::completion(state, request)).await?;
-    let generation = Generation::start(&state, &request, identity.arrived_at)?;
+    let generation = Generation::start(&state, &request, &identity, &tenant)?;
     let answer = Answer {
         id: format!("cmpl-{}", request.id(&identity.id)),
         created: seconds_since_1970(),

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use nibble_engine::{Request, SamplingParameters, SubmitError, TokenConstraint};
 
 use crate::app::AppState;
+use crate::auth::Tenant;
 use crate::grammar::Grammar;
 use crate::openai::error::ApiError;
 use crate::openai::types::chat::ChatRequest;
@@ -256,6 +257,11 @@ impl ValidRequest {
         let scored_tokens = prompt_tokens.saturating_mul(choices_per_prompt);
         check_prompt_logprobs(presentation.prompt_logprobs, scored_tokens)?;
         let delivery = delivery(&fields)?;
+        if fields.priority != 0 && !state.options.priorities {
+            let expected =
+                "0 where all requests are equal; start the server with --scheduling-policy priority";
+            return Err(ApiError::invalid("priority", fields.priority, expected));
+        }
         Ok(Self {
             prompts,
             sampling,
@@ -286,13 +292,14 @@ impl ValidRequest {
     }
 
     /// What the engine runs for a choice of a prompt. With a seed, each choice has its own: seed, seed + 1, ...
-    pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize) -> Request {
+    pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize, tenant: &Tenant) -> Request {
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
         Request {
             constraint: self.constraint.clone(),
             priority: self.priority,
+            tenant: Arc::clone(&tenant.0),
             cache_salt: self.cache_salt.clone(),
             ..Request::new(prompt.token_ids.clone(), sampling)
         }

@@ -140,7 +140,7 @@ async fn a_request_has_the_name_that_it_brings() {
         json!({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "request_id": "r-1"});
     body.as_object_mut().unwrap().remove("prompt");
     assert_eq!(server.ok(CHAT, body).await["id"], "chatcmpl-r-1");
-    let body = json!({"prompt": "x", "request_id": "r-1", "cache_salt": "s", "priority": -3});
+    let body = json!({"prompt": "x", "request_id": "r-1", "cache_salt": "s"});
     assert_eq!(server.ok(COMPLETIONS, body).await["id"], "cmpl-r-1");
 }
 

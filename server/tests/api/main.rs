@@ -11,6 +11,7 @@ mod metrics;
 mod prompts;
 mod refusals;
 mod service;
+mod sharing;
 mod slow_clients;
 mod streams;
 mod structured;

@@ -1,6 +1,6 @@
 //! What of `nibble serve` concerns the engine.
 
-use clap::{Args, value_parser};
+use clap::{Args, ValueEnum, value_parser};
 use nibble_engine::EngineConfig;
 
 /// How many sequences run, how they share a step, and what is guessed.
@@ -13,6 +13,10 @@ pub(crate) struct EngineArguments {
     /// Most tokens in a step: larger steps compute prompts faster, smaller ones hold up running answers less.
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = value_parser!(u32).range(1..))]
     max_num_batched_tokens: u32,
+    /// Who is served first: whoever came first, or requests with a lower `priority`, which then also take the place of
+    /// running ones with a higher number. Equal ones of several tenants take turns.
+    #[arg(long, value_enum, default_value_t = SchedulingPolicy::Fcfs)]
+    pub(super) scheduling_policy: SchedulingPolicy,
     /// Most requests of a tenant that wait; more are answered with 429.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = value_parser!(u32).range(1..))]
     max_waiting_requests: u32,
@@ -29,6 +33,13 @@ pub(crate) struct EngineArguments {
     /// not given. May be given several times.
     #[arg(long, value_name = "NAME=WEIGHT", value_parser = parse_tenant_weight)]
     tenant_weight: Vec<(String, u32)>,
+}
+
+/// What `priority` in a request means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum SchedulingPolicy {
+    Fcfs,
+    Priority,
 }
 
 impl EngineArguments {

@@ -16,12 +16,12 @@ use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
-use nibble_server::{ServedModel, ServerOptions, Service, ToolCallFormat};
+use nibble_server::{ReasoningFormat, ServedModel, ServerOptions, Service, ToolCallFormat};
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
 use crate::output::start_logging;
-use engine::EngineArguments;
+use engine::{EngineArguments, SchedulingPolicy};
 use service::ServiceArguments;
 
 /// Time that the runtime gives work that blocks when the server has stopped.
@@ -47,14 +47,20 @@ pub(crate) struct ServeArguments {
     /// How the model writes calls of tools; auto looks at its chat template.
     #[arg(long, value_enum, default_value_t = ToolCallParser::Auto)]
     tool_call_parser: ToolCallParser,
+    /// How the model marks what it thinks before it answers; auto looks at its chat template.
+    #[arg(long, value_enum, default_value_t = ReasoningParser::Auto)]
+    reasoning_parser: ReasoningParser,
+    /// Let requests bring a chat_template of their own: a program that runs in the server, within limits.
+    #[arg(long)]
+    trust_request_chat_template: bool,
     /// Before serving, check the weights and some logits against the nibble_self_test.json that `nibble quantize`
     /// wrote; refuse to serve when they differ.
     #[arg(long)]
     self_test: bool,
     #[command(flatten)]
-    engine: EngineArguments,
-    #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
     #[command(flatten)]
     service: ServiceArguments,
 }
@@ -66,6 +72,24 @@ enum ToolCallParser {
     Hermes,
     #[value(name = "llama3_json")]
     Llama3Json,
+}
+
+/// The formats of thoughts, under vLLM's names; both are `<think>...</think>`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ReasoningParser {
+    Auto,
+    #[value(name = "deepseek_r1", alias = "qwen3")]
+    DeepseekR1,
+}
+
+impl ReasoningParser {
+    /// The format, if it is not the template's to say.
+    fn format(self) -> Option<ReasoningFormat> {
+        match self {
+            Self::Auto => None,
+            Self::DeepseekR1 => Some(ReasoningFormat::ThinkTags),
+        }
+    }
 }
 
 impl ToolCallParser {
@@ -125,6 +149,9 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     drop(checkpoint);
     let options = ServerOptions {
         tool_call_format: arguments.tool_call_parser.format(),
+        reasoning_parser: arguments.reasoning_parser.format(),
+        trust_request_chat_template: arguments.trust_request_chat_template,
+        priorities: arguments.engine.scheduling_policy == SchedulingPolicy::Priority,
         ..arguments.service.server_options(&bound)
     };
     let service = Service::new(served, options)?;
