@@ -160,7 +160,7 @@ pub(crate) struct SharedState {
 
 impl Shared {
     pub(crate) fn new(limits: RunnerLimits, config: EngineConfig) -> Self {
-        let stats = EngineStats::new(&limits);
+        let stats = EngineStats::new(&limits, &config);
         let state = SharedState {
             health: Health::Ready,
             stats,

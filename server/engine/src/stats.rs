@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::handle::EngineConfig;
 use crate::runner::RunnerLimits;
 use crate::sequence::Sequence;
 
@@ -143,7 +144,7 @@ pub struct EngineStats {
 
 impl EngineStats {
     /// Counters of an engine that has done nothing yet.
-    pub(crate) fn new(limits: &RunnerLimits) -> Self {
+    pub(crate) fn new(limits: &RunnerLimits, config: &EngineConfig) -> Self {
         let tokens = || Histogram::new(token_bounds(limits.maximum_tokens()));
         Self {
             running: 0,
@@ -160,7 +161,7 @@ impl EngineStats {
             generation_tokens: 0,
             drafts: 0,
             draft_tokens: 0,
-            accepted_draft_tokens: Vec::new(),
+            accepted_draft_tokens: vec![0; config.max_draft_tokens],
             steps: 0,
             last_step_age: None,
             finished: FinishedCounts::default(),

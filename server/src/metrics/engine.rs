@@ -24,6 +24,8 @@ enum Reading {
     Gauges(&'static str, fn(&EngineStats) -> Vec<(&'static str, f64)>),
     /// One counter for each value of the label.
     Counters(&'static str, fn(&EngineStats) -> Vec<(&'static str, u64)>),
+    /// One counter for each place from 0 on, the value of the label.
+    CountersByPlace(&'static str, fn(&EngineStats) -> &[u64]),
 }
 
 const fn row(name: &'static str, help: &'static str, reading: Reading) -> Row {
@@ -58,7 +60,7 @@ const ROWS: &[Row] = &[
     ),
     row(
         "nibble:num_preemptions_total",
-        "Sequences put back because KV blocks ran out.",
+        "Sequences put back because KV blocks ran out, or for a priority.",
         Reading::Counter(|stats| stats.preemptions),
     ),
     row(
@@ -98,6 +100,26 @@ const ROWS: &[Row] = &[
         "nibble:generation_tokens_total",
         "Tokens generated.",
         Reading::Counter(|stats| stats.generation_tokens),
+    ),
+    row(
+        "nibble:spec_decode_num_drafts_total",
+        "Drafts that were computed along with the token before them.",
+        Reading::Counter(|stats| stats.drafts),
+    ),
+    row(
+        "nibble:spec_decode_num_draft_tokens_total",
+        "Tokens of drafts.",
+        Reading::Counter(|stats| stats.draft_tokens),
+    ),
+    row(
+        "nibble:spec_decode_num_accepted_tokens_total",
+        "Tokens of drafts that were right.",
+        Reading::Counter(|stats| stats.accepted_draft_tokens.iter().sum()),
+    ),
+    row(
+        "nibble:spec_decode_num_accepted_tokens_per_pos_total",
+        "Tokens of drafts that were right, by place in the draft.",
+        Reading::CountersByPlace("position", |stats| &stats.accepted_draft_tokens),
     ),
     row(
         "nibble:iteration_tokens_total",
@@ -176,7 +198,10 @@ impl Collector for EngineCollector {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let stats = self.engine.stats();
-        let mut families: Vec<MetricFamily> = ROWS.iter().map(|row| family_of(row, &stats)).collect();
+        let families = ROWS.iter().map(|row| family_of(row, &stats));
+        // Prometheus refuses families of nothing.
+        let mut families: Vec<MetricFamily> =
+            families.filter(|family| !family.get_metric().is_empty()).collect();
         families.push(cache_config(self.engine.config(), &stats));
         families
     }
@@ -195,6 +220,12 @@ fn family_of(row: &Row, stats: &EngineStats) -> MetricFamily {
         Reading::Counters(label, values) => {
             let metrics = values(stats).into_iter();
             let metrics = metrics.map(|(of, value)| labelled(counter(value), &[(label, of)]));
+            (MetricType::COUNTER, metrics.collect())
+        }
+        Reading::CountersByPlace(label, values) => {
+            let metrics = values(stats).iter().enumerate();
+            let metrics =
+                metrics.map(|(place, &value)| labelled(counter(value), &[(label, &place.to_string())]));
             (MetricType::COUNTER, metrics.collect())
         }
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Request;
+use nibble_engine::EngineConfig;
 use nibble_server::ServerOptions;
 use serde_json::json;
 
@@ -161,7 +162,7 @@ async fn times_are_those_that_passed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gauges_tell_what_runs_and_what_waits() {
-    let engine = nibble_engine::EngineConfig { max_running_sequences: 1, ..Default::default() };
+    let engine = EngineConfig { max_running_sequences: 1, ..Default::default() };
     let (server, gate) = Server::gated(Options { engine, ..Options::default() });
     let request = tokio::spawn({
         let server = server.clone();
@@ -233,5 +234,27 @@ async fn vllms_names_come_when_they_are_wanted_and_say_the_same() {
         assert!(today.is_some());
         assert_eq!(value(&samples, &format!("vllm:{retired}")), today, "{retired}");
         assert_eq!(value(&samples, &format!("nibble:{retired}")), None);
+    }
+}
+
+#[tokio::test]
+async fn drafts_are_counted_and_change_no_answer() {
+    let engine = EngineConfig { max_draft_tokens: 4, ..EngineConfig::default() };
+    let server = Server::with(Options { engine, ..Options::default() });
+    let body = json!({"prompt": "abcdefgab", "temperature": 0, "max_tokens": 8});
+    assert_eq!(server.ok(COMPLETIONS, body).await["choices"][0]["text"], "cdefghij");
+    let samples = samples(&server).await;
+    // "de" after "bc" is right, of "gab" after "cdef" the first.
+    for (name, expected) in [
+        ("num_drafts_total", 2.0),
+        ("num_draft_tokens_total", 5.0),
+        ("num_accepted_tokens_total", 3.0),
+        ("num_accepted_tokens_per_pos_total{position=\"0\"}", 2.0),
+        ("num_accepted_tokens_per_pos_total{position=\"1\"}", 1.0),
+        ("num_accepted_tokens_per_pos_total{position=\"2\"}", 0.0),
+        ("num_accepted_tokens_per_pos_total{position=\"3\"}", 0.0),
+    ] {
+        let name = format!("nibble:spec_decode_{name}");
+        assert_eq!(value(&samples, &name), Some(expected), "{name}");
     }
 }

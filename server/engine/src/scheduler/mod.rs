@@ -93,7 +93,7 @@ impl Scheduler {
             in_flight: None,
             spare_plan: StepPlan::default(),
             cached_prefix: Vec::new(),
-            counters: EngineStats::new(limits),
+            counters: EngineStats::new(limits, config),
         }
     }
 
@@ -443,9 +443,6 @@ fn take_outcome(
         sequence.confirm(outcome.draft.len(), right);
         counters.drafts += 1;
         counters.draft_tokens += outcome.draft.len() as u64;
-        if counters.accepted_draft_tokens.len() < right {
-            counters.accepted_draft_tokens.resize(right, 0);
-        }
         counters.accepted_draft_tokens[..right].iter_mut().for_each(|accepted| *accepted += 1);
     }
 }
