@@ -23,9 +23,11 @@ mod serve;
 mod stop_strings;
 mod stream;
 mod tools;
+mod traces;
 mod validation;
 
 pub use app::{ServedModel, ServerOptions, Service};
 pub use auth::{ApiKeys, KeyError, Tenant};
 pub use serve::{ConnectionLimits, ServeOptions, ServerError, Socket, Sockets, Tls, TlsError};
 pub use tools::ToolCallFormat;
+pub use traces::{Traces, TracesError};

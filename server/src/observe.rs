@@ -8,11 +8,13 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
+use opentelemetry::trace::SpanContext;
 use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::app::AppState;
 use crate::metrics::HttpRequest;
+use crate::traces::Traces;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a client.
@@ -23,6 +25,8 @@ const MAXIMUM_ID_BYTES: usize = 128;
 pub(crate) struct RequestIdentity {
     pub(crate) id: String,
     pub(crate) arrived_at: Instant,
+    /// The client's span; invalid if it told of none, or spans are not exported.
+    pub(crate) parent: SpanContext,
 }
 
 /// Gives a request its identity, and logs and counts it when its response begins.
@@ -39,7 +43,11 @@ pub(crate) async fn observe(
         request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
     let request_bytes = known_bytes(request.body());
     let span = tracing::info_span!("request", %id);
-    request.extensions_mut().insert(RequestIdentity { id, arrived_at });
+    let parent = match &state.options.traces {
+        Some(_) => Traces::parent(request.headers()),
+        None => SpanContext::NONE,
+    };
+    request.extensions_mut().insert(RequestIdentity { id, arrived_at, parent });
     let mut response = next.run(request).instrument(span.clone()).await;
     if let Some(header) = header {
         response.headers_mut().insert(X_REQUEST_ID, header);

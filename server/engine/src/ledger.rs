@@ -22,6 +22,11 @@ impl Ledger {
         assert!(other.is_none(), "request {request} is opened once");
     }
 
+    /// Tells an open request that it is in a step for the first time.
+    pub(crate) fn started(&mut self, request: RequestId) {
+        self.sinks.get_mut(&request).expect("open requests start").started();
+    }
+
     /// Hands over a token of an open request.
     pub(crate) fn token(
         &mut self,

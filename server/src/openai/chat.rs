@@ -32,7 +32,7 @@ pub(crate) async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let request = ChatRequest::try_from(fields)?;
     let request = blocking(&state, move |state| ValidRequest::chat(state, request)).await?;
-    let generation = Generation::start(&state, &request, identity.arrived_at)?;
+    let generation = Generation::start(&state, &request, &identity)?;
     let answer = Answer {
         id: format!("chatcmpl-{}", identity.id),
         created: seconds_since_1970(),

@@ -26,7 +26,7 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::try_from(fields)?;
     let request = blocking(&state, move |state| ValidRequest::completion(state, request)).await?;
-    let generation = Generation::start(&state, &request, identity.arrived_at)?;
+    let generation = Generation::start(&state, &request, &identity)?;
     let answer = Answer {
         id: format!("cmpl-{}", identity.id),
         created: seconds_since_1970(),
