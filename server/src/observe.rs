@@ -1,15 +1,18 @@
 //! What surrounds every request: its id, its span, its line in the access log, its count.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
-use axum::body::HttpBody;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
+use hyper::body::{Frame, SizeHint};
 use opentelemetry::trace::SpanContext;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::app::AppState;
@@ -64,7 +67,39 @@ pub(crate) async fn observe(
     span.in_scope(|| {
         tracing::info!(%method, path, status, milliseconds = elapsed.as_millis() as u64, "answered");
     });
+    // What a stream logs later belongs to the request as well.
+    if response.body().size_hint().exact().is_none() {
+        response = response.map(|body| Body::new(BodyInSpan { body, span }));
+    }
     response
+}
+
+/// A body that is written within the span of its request.
+struct BodyInSpan {
+    body: Body,
+    span: Span,
+}
+
+impl HttpBody for BodyInSpan {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Self { body, span } = &mut *self;
+        let _inside = span.enter();
+        Pin::new(body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Bytes of a body whose length is known in advance, else 0.

@@ -6,6 +6,7 @@ mod anything;
 mod files;
 mod hang_up;
 mod lenient;
+mod logs;
 mod metrics;
 mod openapi;
 mod refusals;
