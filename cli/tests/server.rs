@@ -95,3 +95,52 @@ fn serve_refuses_what_cannot_work_before_it_loads_the_model() {
         assert!(!said.contains("panicked"), "{said}");
     }
 }
+
+#[test]
+fn serve_refuses_keys_certificates_and_addresses_that_cannot_work() {
+    let directory = tempfile::tempdir().unwrap();
+    write_model(directory.path());
+    let empty = directory.path().join("empty");
+    std::fs::write(&empty, "# no key\n").unwrap();
+    let empty = empty.to_str().unwrap();
+    for (options, problem) in [
+        (&["--api-key-file", "/nonexistent"][..], "/nonexistent: the API keys cannot be read"),
+        (&["--api-key-file", empty], "the file holds no API key"),
+        (&["--api-key", ""], "an API key is empty"),
+        (&["--tls-certificate", empty], "--tls-key"),
+        (&["--tls-certificate", empty, "--tls-key", empty], "expected certificates in PEM form"),
+        (&["--admin-address", "0.0.0.0:0"], "give --api-key-file or --api-key"),
+        (&["--admin-address", "nowhere"], "cannot listen on nowhere"),
+        (&["--metrics-on-admin-only"], "--admin-address"),
+        (&["--otlp-endpoint", "localhost:4317"], "expected a URL such as http://localhost:4318"),
+        (&["--max-connections", "0"], "--max-connections"),
+        (&["--stuck-timeout", "0"], "--stuck-timeout"),
+    ] {
+        let output = nibble("serve", directory.path()).args(["--port", "0"]).args(options).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(!output.status.success() && said.contains(problem), "{options:?}: {said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+}
+
+#[test]
+fn serve_takes_keys_from_a_file_reads_them_again_and_ends_when_the_admin_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    write_model(directory.path());
+    let keys = directory.path().join("keys");
+    std::fs::write(&keys, "old\n").unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let keys_file = keys.to_str().unwrap();
+    let mut server =
+        Server::start(directory.path(), &["--api-key-file", keys_file, "--admin-address", &free]);
+    assert!(server.request("GET /v1/models", "authorization: Bearer old\r\n").starts_with("HTTP/1.1 200"));
+    std::fs::write(&keys, "team:new\n").unwrap();
+    kill_process(Pid::from_child(&server.process), Signal::HUP).unwrap();
+    let started = std::time::Instant::now();
+    while !server.request("GET /v1/models", "authorization: Bearer new\r\n").starts_with("HTTP/1.1 200") {
+        assert!(started.elapsed().as_secs() < 60, "the keys are not read again");
+    }
+    assert!(server.request("GET /v1/models", "authorization: Bearer old\r\n").starts_with("HTTP/1.1 401"));
+    assert!(common::request(&free, "POST /admin/drain", "").starts_with("HTTP/1.1 202"));
+    assert!(server.process.wait().unwrap().success());
+}

@@ -21,9 +21,10 @@ use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
-use crate::openai::{chat, completions, models, tokenize};
+use crate::openai::{chat, completions, models, openapi, tokenize};
 use crate::reasoning::{Reasoning, ReasoningFormat};
 use crate::tools::ToolCallFormat;
+use crate::traces::Traces;
 use crate::{ServerError, admin, health};
 
 /// The model that a server serves.
@@ -58,6 +59,8 @@ pub struct ServerOptions {
     pub keep_alive: Duration,
     /// How the model calls tools; what its chat template says if absent.
     pub tool_call_format: Option<ToolCallFormat>,
+    /// Where the spans of requests go, if anywhere.
+    pub traces: Option<Arc<Traces>>,
     /// Report metrics under vLLM's names as well.
     pub vllm_metrics: bool,
     /// Ignore the unknown and unsupported fields of requests, and name them in the header
@@ -82,6 +85,7 @@ impl Default for ServerOptions {
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             tool_call_format: None,
+            traces: None,
             vllm_metrics: false,
             ignore_unknown_fields: false,
             reasoning_parser: None,
@@ -169,7 +173,8 @@ impl Service {
             .route("/v1/models/{*model}", get(models::one))
             .route("/tokenize", post(tokenize::tokenize))
             .route("/detokenize", post(tokenize::detokenize))
-            .route("/version", get(version));
+            .route("/version", get(version))
+            .route("/openapi.json", get(openapi::openapi));
         if !state.options.metrics_on_admin_only {
             guarded = guarded.route("/metrics", get(metrics));
         }

@@ -26,12 +26,14 @@ use crate::observe::RequestIdentity;
 use crate::openai::error::ApiError;
 use crate::openai::types::common::Usage;
 use crate::stop_strings::{Found, StopStrings};
+use crate::traces::{RequestTrace, TracedUsage};
 use crate::validation::ValidRequest;
 
 /// A request whose sequences run in the engine.
 pub(crate) struct Generation {
     engine: EngineHandle,
     metrics: RequestMetrics,
+    trace: Option<RequestTrace>,
     events: UnboundedReceiver<Delivery>,
     /// Why the engine will send nothing more, if that is so.
     given_up: watch::Receiver<Option<Arc<str>>>,
@@ -43,6 +45,8 @@ pub(crate) struct Generation {
 /// One event of one choice, on its way from the engine thread.
 struct Delivery {
     choice: usize,
+    /// When its sequence had its first step.
+    started_at: Option<Instant>,
     sent_at: Instant,
     event: RequestEvent,
 }
@@ -50,12 +54,18 @@ struct Delivery {
 /// Puts a choice's events into the channel of its request.
 struct ChannelSink {
     choice: usize,
+    started_at: Option<Instant>,
     events: UnboundedSender<Delivery>,
 }
 
 impl EventSink for ChannelSink {
+    fn started(&mut self) {
+        self.started_at = Some(Instant::now());
+    }
+
     fn send(&mut self, event: RequestEvent) -> SinkState {
-        let delivery = Delivery { choice: self.choice, sent_at: Instant::now(), event };
+        let (choice, started_at) = (self.choice, self.started_at);
+        let delivery = Delivery { choice, started_at, sent_at: Instant::now(), event };
         match self.events.send(delivery) {
             Ok(()) => SinkState::Open,
             Err(_) => SinkState::Closed,
@@ -146,6 +156,7 @@ impl Generation {
         let mut generation = Self {
             engine,
             metrics: state.metrics.request(identity.arrived_at),
+            trace: RequestTrace::new(state, identity),
             events,
             given_up: state.given_up.subscribe(),
             choices: Vec::new(),
@@ -166,8 +177,15 @@ impl Generation {
             // The echo of a chat is the endpoint's.
             let echo = if request.presentation().echo { prompt.echo.as_str() } else { "" };
             for choice in 0..request.choices_per_prompt() {
-                let sink = ChannelSink { choice: generation.choices.len(), events: sender.clone() };
+                let sink = ChannelSink {
+                    choice: generation.choices.len(),
+                    started_at: None,
+                    events: sender.clone(),
+                };
                 let engine_request = request.engine_request(prompt, choice, tenant);
+                if let Some(trace) = &mut generation.trace {
+                    trace.submits(engine_request.sampling.max_tokens);
+                }
                 let id = generation
                     .engine
                     .submit(engine_request, Box::new(sink))
@@ -264,6 +282,9 @@ impl Generation {
 
     /// Ends every choice with an error.
     fn fail(&mut self, message: &str) -> ApiError {
+        if let Some(trace) = &mut self.trace {
+            trace.fails("the engine did not finish the request");
+        }
         for choice in self.choices.iter_mut().filter(|choice| choice.text.is_some()) {
             choice.text = None;
             self.engine.abort(choice.id);
@@ -277,6 +298,10 @@ impl Generation {
         let Some(choice) = self.choices.get_mut(index).filter(|choice| choice.text.is_some()) else {
             return Ok(None); // tokens that were under way when a stop string ended the choice
         };
+        if let Some(trace) = &mut self.trace {
+            let is_token = matches!(delivery.event, RequestEvent::Token { .. });
+            trace.hears(delivery.started_at, is_token.then_some(delivery.sent_at));
+        }
         let finish = match delivery.event {
             RequestEvent::PromptLogprobs { logprobs } => {
                 for (token, logprobs) in choice.prompt.iter_mut().skip(choice.scored).zip(logprobs) {
@@ -402,10 +427,21 @@ impl Drop for Generation {
         for choice in self.choices.iter().filter(|choice| choice.text.is_some()) {
             self.engine.abort(choice.id);
             self.metrics.finished(Outcome::Abort);
+            if let Some(trace) = &mut self.trace {
+                trace.fails("the client went away");
+            }
         }
         for choices in self.choices.chunks(self.choices_per_prompt) {
             let longest = choices.iter().map(|choice| choice.generated_tokens).max();
             self.metrics.prompt_finished(self.choices_per_prompt, longest.unwrap_or(0));
+        }
+        if let Some(trace) = &self.trace {
+            trace.end(&TracedUsage {
+                choices_per_prompt: self.choices_per_prompt,
+                choices: self.choices.len(),
+                prompt_tokens: self.usage.prompt_tokens,
+                completion_tokens: self.usage.completion_tokens,
+            });
         }
     }
 }

@@ -25,6 +25,7 @@ mod serve;
 mod stop_strings;
 mod stream;
 mod tools;
+mod traces;
 mod validation;
 
 pub use app::{ServedModel, ServerOptions, Service};
@@ -32,3 +33,4 @@ pub use auth::{ApiKeys, KeyError, Tenant};
 pub use reasoning::ReasoningFormat;
 pub use serve::{ConnectionLimits, ServeOptions, ServerError, Socket, Sockets, Tls, TlsError};
 pub use tools::ToolCallFormat;
+pub use traces::{Traces, TracesError};

@@ -1,18 +1,23 @@
 //! What surrounds every request: its id, its span, its line in the access log, its count.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
-use axum::body::HttpBody;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
-use tracing::Instrument;
+use hyper::body::{Frame, SizeHint};
+use opentelemetry::trace::SpanContext;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::app::AppState;
 use crate::metrics::HttpRequest;
+use crate::traces::Traces;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a client.
@@ -23,6 +28,8 @@ const MAXIMUM_ID_BYTES: usize = 128;
 pub(crate) struct RequestIdentity {
     pub(crate) id: String,
     pub(crate) arrived_at: Instant,
+    /// The client's span; invalid if it told of none, or spans are not exported.
+    pub(crate) parent: SpanContext,
 }
 
 /// Gives a request its identity, and logs and counts it when its response begins.
@@ -39,7 +46,11 @@ pub(crate) async fn observe(
         request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
     let request_bytes = known_bytes(request.body());
     let span = tracing::info_span!("request", %id);
-    request.extensions_mut().insert(RequestIdentity { id, arrived_at });
+    let parent = match &state.options.traces {
+        Some(_) => Traces::parent(request.headers()),
+        None => SpanContext::NONE,
+    };
+    request.extensions_mut().insert(RequestIdentity { id, arrived_at, parent });
     let mut response = next.run(request).instrument(span.clone()).await;
     if let Some(header) = header {
         response.headers_mut().insert(X_REQUEST_ID, header);
@@ -56,7 +67,39 @@ pub(crate) async fn observe(
     span.in_scope(|| {
         tracing::info!(%method, path, status, milliseconds = elapsed.as_millis() as u64, "answered");
     });
+    // What a stream logs later belongs to the request as well.
+    if response.body().size_hint().exact().is_none() {
+        response = response.map(|body| Body::new(BodyInSpan { body, span }));
+    }
     response
+}
+
+/// A body that is written within the span of its request.
+struct BodyInSpan {
+    body: Body,
+    span: Span,
+}
+
+impl HttpBody for BodyInSpan {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Self { body, span } = &mut *self;
+        let _inside = span.enter();
+        Pin::new(body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Bytes of a body whose length is known in advance, else 0.

@@ -74,6 +74,16 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
+/// The whole answer of `address` to a request without a body; `headers` end with line breaks.
+pub(crate) fn request(address: &str, line: &str, headers: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 /// A server that was started and said that it is ready.
 pub(crate) struct Server {
     pub(crate) process: Child,
@@ -96,6 +106,11 @@ impl Server {
         let name = model.file_name().unwrap().to_str().unwrap();
         let address = line.trim().strip_prefix(&format!("serving {name} at http://")).unwrap().to_owned();
         Self { process, output, address }
+    }
+
+    /// The whole answer to a request without a body; `headers` end with line breaks.
+    pub(crate) fn request(&self, line: &str, headers: &str) -> String {
+        request(&self.address, line, headers)
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> String {

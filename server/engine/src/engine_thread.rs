@@ -105,9 +105,16 @@ impl EngineThread {
 
     /// One step, if there is anything to compute.
     fn step(&mut self) -> Result<(), StepError> {
-        let plan = self.scheduler.schedule(self.now());
+        let now = self.now();
+        let plan = self.scheduler.schedule(now);
         self.publish();
         let Some(plan) = plan else { return Ok(()) };
+        for planned in &plan.entries {
+            let sequence = &self.scheduler.running()[planned.running];
+            if sequence.times.started == Some(now) {
+                self.ledger.started(sequence.id);
+            }
+        }
         let logits = self.execute(&plan)?;
         check_logits(&logits, &plan.batch, self.shared.limits.vocabulary_size)?;
         // Those aborted meanwhile end with this step, without another token.

@@ -21,6 +21,11 @@ impl Ledger {
         assert!(other.is_none(), "request {request} is opened once");
     }
 
+    /// Tells an open request that it is in a step for the first time.
+    pub(crate) fn started(&mut self, request: RequestId) {
+        self.sinks.get_mut(&request).expect("open requests start").started();
+    }
+
     /// Hands over an event of an open request that is not its last.
     pub(crate) fn send(&mut self, request: RequestId, event: RequestEvent) -> SinkState {
         let sink = self.sinks.get_mut(&request).expect("events go to open requests");

@@ -101,6 +101,9 @@ pub enum SinkState {
 
 /// Where the events of one request go. Called on the engine thread: it must not block.
 pub trait EventSink: Send {
+    /// Tells that the request is in a step for the first time, which is about to begin.
+    fn started(&mut self) {}
+
     /// Hands over one event and tells whether the reader is still there.
     fn send(&mut self, event: RequestEvent) -> SinkState;
 }

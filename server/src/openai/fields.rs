@@ -15,7 +15,7 @@ use crate::lenient::IgnoredFields;
 pub(crate) const BODY_LIMIT_BYTES: usize = 8 << 20;
 
 /// Fields that change nothing about the answer here: about the account, the bill or a cache.
-const WITHOUT_EFFECT: [&str; 6] =
+pub(crate) const WITHOUT_EFFECT: [&str; 6] =
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"];
 
 /// The fields of a JSON object that nobody has taken yet.
@@ -24,14 +24,31 @@ pub(crate) struct Fields {
     object: Map<String, Value>,
     /// Where the names of unknown fields go; absent when they are refused.
     ignored: Option<IgnoredFields>,
+    /// The names of all fields that somebody has tried to take.
+    #[cfg(test)]
+    taken: TakenNames,
 }
 
+#[cfg(test)]
+pub(crate) type TakenNames = std::sync::Arc<std::sync::Mutex<std::collections::BTreeSet<String>>>;
+
 impl Fields {
-    fn parse(body: &[u8], ignored: Option<IgnoredFields>) -> Result<Self, ApiError> {
+    pub(crate) fn parse(body: &[u8], ignored: Option<IgnoredFields>) -> Result<Self, ApiError> {
         let mut object: Map<String, Value> = serde_json::from_slice(body)
             .map_err(|error| ApiError::InvalidJson { problem: error.to_string() })?;
         object.retain(|_, value| !value.is_null());
-        Ok(Self { object, ignored })
+        Ok(Self {
+            object,
+            ignored,
+            #[cfg(test)]
+            taken: TakenNames::default(),
+        })
+    }
+
+    /// The names of the fields that are tried to take from now on.
+    #[cfg(test)]
+    pub(crate) fn taken(&self) -> TakenNames {
+        TakenNames::clone(&self.taken)
     }
 
     /// Takes the field `name`, if it is there. `expected` describes its type to the user.
@@ -40,6 +57,8 @@ impl Fields {
         name: &str,
         expected: &str,
     ) -> Result<Option<T>, ApiError> {
+        #[cfg(test)]
+        self.taken.lock().unwrap().insert(name.to_owned());
         let Some(value) = self.object.shift_remove(name) else { return Ok(None) };
         serde_path_to_error::deserialize(&value).map(Some).map_err(|error| {
             let path = error.path().to_string();

@@ -6,6 +6,7 @@ pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
 pub(crate) mod models;
+pub(crate) mod openapi;
 pub(crate) mod tokenize;
 pub(crate) mod types;
 

@@ -144,6 +144,10 @@ impl Service {
             let _ = tokio::time::timeout(ADMIN_FLUSH_TIMEOUT, admin).await;
         }
         reloading.abort();
+        if let Some(traces) = self.options().traces.clone() {
+            // A thread that panicked has said so.
+            let _ = tokio::task::spawn_blocking(move || traces.shut_down()).await;
+        }
         result
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nibble_server::{ApiKeys, ConnectionLimits, ServeOptions, ServerOptions, Socket, Sockets, Tls};
+use nibble_server::{ApiKeys, ConnectionLimits, ServeOptions, ServerOptions, Socket, Sockets, Tls, Traces};
 
 /// Arguments of the HTTP service.
 #[derive(Debug, Args)]
@@ -46,6 +46,10 @@ pub(super) struct ServiceArguments {
     /// End with an error when no step was finished for so many seconds although there is work.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     stuck_timeout: u64,
+    /// Export a span for each request to this OpenTelemetry collector (OTLP over HTTP), such as
+    /// http://localhost:4318.
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
     /// Report metrics under vLLM's names as well, those that it has retired included.
     #[arg(long)]
     vllm_metrics: bool,
@@ -60,6 +64,7 @@ pub(super) struct Bound {
     api: TcpListener,
     admin: Option<TcpListener>,
     tls: Option<Arc<Tls>>,
+    traces: Option<Arc<Traces>>,
     api_keys: Arc<ApiKeys>,
     admin_is_local: bool,
 }
@@ -83,7 +88,8 @@ impl ServiceArguments {
             (Some(certificate), Some(key)) => Some(Arc::new(Tls::open(certificate, key)?)),
             _ => None,
         };
-        Ok(Bound { api, admin, tls, api_keys, admin_is_local })
+        let traces = self.otlp_endpoint.as_deref().map(Traces::export_to).transpose()?.map(Arc::new);
+        Ok(Bound { api, admin, tls, traces, api_keys, admin_is_local })
     }
 
     /// How the service behaves at `bound`.
@@ -94,6 +100,7 @@ impl ServiceArguments {
             admin_needs_key: !bound.admin_is_local,
             metrics_on_admin_only: self.metrics_on_admin_only,
             stuck_after: default.stuck_after.min(self.stuck_timeout()),
+            traces: bound.traces.clone(),
             vllm_metrics: self.vllm_metrics,
             ignore_unknown_fields: self.ignore_unknown_fields,
             ..default
