@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_engine::{Engine, EngineConfig, ModelRunner};
+use nibble_engine::{Engine, EngineConfig, ModelRunner, Pooling};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
@@ -138,6 +138,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
         generation_config,
+        pooling: Pooling::of_checkpoint(checkpoint.directory())?.unwrap_or(Pooling::Last),
         engine: engine.handle(),
     };
     drop(checkpoint);

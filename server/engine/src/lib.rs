@@ -24,7 +24,7 @@ pub use constraint::{ConstraintError, TokenConstraint, TokenMask};
 pub use engine::{Engine, EngineFailure, StartError};
 pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
 pub use model_runner::ModelRunner;
-pub use pooling::Pooling;
+pub use nibble_model::pooling_config::Pooling;
 pub use request::{EventSink, FinishReason, Request, RequestEvent, RequestId, SinkState};
 pub use runner::{RunnerLimits, StepError, StepRunner, StepValues};
 pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};

@@ -1,15 +1,8 @@
 //! From the hidden states of a prompt to one vector for all of it.
 
-use crate::request::Request;
+use nibble_model::pooling_config::Pooling;
 
-/// How the hidden states of a prompt become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pooling {
-    /// That of the last token, which has seen all others.
-    Last,
-    /// Their mean, added up in the order of the tokens, in double precision.
-    Mean,
-}
+use crate::request::Request;
 
 /// The hidden states of one prompt so far.
 #[derive(Debug)]

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
+use nibble_model::pooling_config::Pooling;
+
 use crate::constraint::TokenConstraint;
-use crate::pooling::Pooling;
 use crate::sampling::{SamplingParameters, TokenLogprobs};
 
 /// Names one submitted request for the life of the engine; later requests have larger ids.

@@ -25,12 +25,12 @@ fn request(seed: u64) -> Request {
         seed: Some(seed),
         ignore_eos: true,
         logprobs: Some(4),
-        prompt_logprobs: (seed % 2 == 0).then_some(3),
+        prompt_logprobs: seed.is_multiple_of(2).then_some(3),
         ..Default::default()
     };
-    match seed % 5 {
-        3 => Request::embedding(prompt, Pooling::Mean),
-        4 => Request::embedding(prompt, Pooling::Last),
+    match seed % 10 {
+        8 => Request::embedding(prompt, Pooling::Mean),
+        9 => Request::embedding(prompt, Pooling::Last),
         _ => Request::new(prompt, sampling),
     }
 }

@@ -8,16 +8,17 @@ mod sampling;
 
 use std::sync::Arc;
 
-use nibble_engine::{Request, SamplingParameters, SubmitError, TokenConstraint};
+use nibble_engine::{Pooling, Request, SamplingParameters, SubmitError, TokenConstraint};
 
 use crate::app::AppState;
 use crate::grammar::Grammar;
 use crate::openai::error::ApiError;
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::{CompletionRequest, Prompts};
+use crate::openai::types::embeddings::{EmbeddingRequest, PoolingField};
 use crate::openai::types::sampling::{GenerationFields, StreamOptions};
 use crate::openai::types::structured::StructuredOutput;
-use crate::reasoning::Thinking;
+use crate::reasoning::{Reasoning, Thinking};
 use crate::tools::Tools;
 
 pub(crate) use prompts::Prompt;
@@ -45,6 +46,8 @@ pub(crate) struct ValidRequest {
     tools: Option<Tools>,
     /// Where the model thinks, if it is known how it does.
     thinking: Option<Thinking>,
+    /// An embedding is wanted, not a completion.
+    pooling: Option<Pooling>,
     choices_per_prompt: usize,
     stop: Vec<String>,
     include_stop: bool,
@@ -171,7 +174,7 @@ impl ValidRequest {
         let thinking = state.reasoning.as_ref().map(|reasoning| reasoning.after_prompt(&conversation.text));
         let mut fields = request.generation;
         // Tags of calls and thoughts may be special tokens.
-        let shows_tags = tools.is_some() || state.reasoning.as_ref().is_some_and(|tags| tags.are_special());
+        let shows_tags = tools.is_some() || state.reasoning.as_ref().is_some_and(Reasoning::are_special);
         fields.skip_special_tokens &= !shows_tags;
         let grammar = chat_grammar(structured, tools.as_ref())?;
         let mut token_ids = model.tokenizer.encode(&conversation.text, request.add_special_tokens)?;
@@ -195,6 +198,33 @@ impl ValidRequest {
         }
         request.tools = tools;
         Ok(request)
+    }
+
+    /// Checks and tokenizes an embedding request.
+    pub(crate) fn embedding(state: &AppState, request: EmbeddingRequest) -> Result<Self, ApiError> {
+        let model = &state.model;
+        model.check_name(request.model.as_deref())?;
+        let truncation = Truncation::new(request.truncate_prompt_tokens, model.engine.maximum_tokens(), 0)?;
+        let of_tokens = |mut token_ids: Vec<u32>| {
+            truncation.apply(&mut token_ids);
+            Prompt { token_ids, echo: String::new(), text_offsets: Vec::new(), max_tokens: 0 }
+        };
+        let encode = |text: String| model.tokenizer.encode(&text, request.add_special_tokens);
+        let inputs = request.input.token_ids(encode)?.into_iter().map(of_tokens).collect();
+        let fields = GenerationFields {
+            request_id: request.request_id,
+            cache_salt: request.cache_salt,
+            priority: request.priority,
+            ..GenerationFields::default()
+        };
+        let nothing = SamplingParameters { max_tokens: 0, ..SamplingParameters::default() };
+        let mut valid = Self::new(state, inputs, fields, nothing, Presentation::default(), "input")?;
+        valid.pooling = Some(match request.pooling {
+            Some(PoolingField::Mean) => Pooling::Mean,
+            Some(PoolingField::Last) => Pooling::Last,
+            None => model.pooling,
+        });
+        Ok(valid)
     }
 
     /// Demands that completions are texts of `grammar`, which comes from the field `param`; after what the model
@@ -262,6 +292,7 @@ impl ValidRequest {
             constraint: None,
             tools: None,
             thinking: None,
+            pooling: None,
             choices_per_prompt,
             include_stop: fields.include_stop_str_in_output,
             skip_special_tokens: fields.skip_special_tokens,
@@ -287,13 +318,18 @@ impl ValidRequest {
 
     /// What the engine runs for a choice of a prompt. With a seed, each choice has its own: seed, seed + 1, ...
     pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize) -> Request {
+        let (priority, cache_salt) = (self.priority, self.cache_salt.clone());
+        if let Some(pooling) = self.pooling {
+            let request = Request::embedding(prompt.token_ids.clone(), pooling);
+            return Request { priority, cache_salt, ..request };
+        }
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
         Request {
             constraint: self.constraint.clone(),
-            priority: self.priority,
-            cache_salt: self.cache_salt.clone(),
+            priority,
+            cache_salt,
             ..Request::new(prompt.token_ids.clone(), sampling)
         }
     }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use nibble_model::pooling_config::Pooling;
+
 use super::invariants::{check, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
-use crate::pooling::Pooling;
 use crate::request::{FinishReason, Request, RequestId};
 use crate::runner::RunnerLimits;
 use crate::sampling::SamplingParameters;
