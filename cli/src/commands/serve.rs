@@ -187,7 +187,7 @@ fn engine_config(arguments: &ServeArguments) -> EngineConfig {
         max_prefill_chunk_tokens: default.max_prefill_chunk_tokens.min(max_step_tokens),
         max_waiting_requests: arguments.max_waiting_requests as usize,
         prefix_caching: !arguments.no_prefix_caching,
-        seed: default.seed,
+        ..default
     }
 }
 

@@ -1,5 +1,6 @@
 //! What must hold after every call of the scheduler; checked in tests and in the simulation.
 
+use super::plan::PlannedRows;
 use super::{Scheduler, StepPlan};
 use crate::blocks::BlockId;
 use crate::sequence::SequenceState;
@@ -124,7 +125,7 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
     assert_eq!(next_row, batch.positions.len(), "every row has a position");
     assert_eq!(logit_rows, batch.logit_rows, "logits are wanted of the last rows of each entry");
     assert_eq!(hidden_rows, batch.hidden_rows, "hidden states as well");
-    let scored: usize = plan.entries.iter().map(|planned| planned.scored()).sum();
+    let scored: usize = plan.entries.iter().map(PlannedRows::scored).sum();
     assert!(scored <= config.max_prompt_logit_rows, "logits of prompts are within their budget");
     for (sequence, times) in running.iter().zip(planned_times) {
         assert!(times <= 1, "a sequence is planned once");
