@@ -3,6 +3,7 @@
 //! Rendering a template and tokenizing take time that grows with the text: these functions belong on a thread
 //! that may block.
 
+mod presentation;
 mod prompts;
 mod sampling;
 
@@ -21,9 +22,10 @@ use crate::openai::types::structured::StructuredOutput;
 use crate::reasoning::{Reasoning, Thinking};
 use crate::tools::Tools;
 
+pub(crate) use presentation::Presentation;
 pub(crate) use prompts::Prompt;
 use prompts::{Truncation, conversation, text_offsets};
-use sampling::{check_prompt_logprobs, logprobs, prompt_logprobs, sampling, stop_strings};
+use sampling::{check_prompt_logprobs, logprobs, sampling, stop_strings};
 
 /// Most choices of one request, over all of its prompts.
 const MAXIMUM_CHOICES: usize = 1024;
@@ -61,30 +63,6 @@ pub(crate) struct ValidRequest {
     prompt_field: &'static str,
 }
 
-/// What of an answer is shown beside its text.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Presentation {
-    /// This many log probabilities in the place of each token of the completion, and of the prompt with `echo`.
-    pub(crate) logprobs: Option<usize>,
-    /// The prompt is a part of the answer.
-    pub(crate) echo: bool,
-    /// This many log probabilities in the place of each token of the prompt.
-    pub(crate) prompt_logprobs: Option<usize>,
-    /// The ids of all tokens.
-    pub(crate) token_ids: bool,
-    /// Tokens in log probabilities go by their ids.
-    pub(crate) tokens_as_ids: bool,
-    /// What the model thinks.
-    pub(crate) reasoning: bool,
-}
-
-impl Presentation {
-    /// Whether anything of the prompt's tokens is shown.
-    pub(crate) fn shows_prompt(&self) -> bool {
-        self.token_ids || self.prompt_logprobs.is_some() || (self.echo && self.logprobs.is_some())
-    }
-}
-
 /// How the answer is delivered.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Delivery {
@@ -107,7 +85,8 @@ impl ValidRequest {
         model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields, &model.generation_config, &model.tokenizer)?;
         sampling.logprobs = asked.map(|count| logprobs("logprobs", count)).transpose()?;
-        let presentation = presentation(&fields, echo, &mut sampling, model.engine.limits().vocabulary_size)?;
+        let presentation =
+            Presentation::new(&fields, echo, &mut sampling, model.engine.limits().vocabulary_size)?;
         let max_tokens = fields.max_tokens.map_or(DEFAULT_COMPLETION_TOKENS, |tokens| tokens as usize);
         if max_tokens == 0 && echo {
             // The engine generates nothing only for who wants to know something about the prompt.
@@ -161,7 +140,7 @@ impl ValidRequest {
         };
         let vocabulary_size = model.engine.limits().vocabulary_size;
         // An echo of a chat is that of its last message, without log probabilities.
-        let mut presentation = presentation(&request.generation, false, &mut sampling, vocabulary_size)?;
+        let mut presentation = Presentation::new(&request.generation, false, &mut sampling, vocabulary_size)?;
         presentation.reasoning = request.include_reasoning;
         let tools = Tools::new(
             state.tool_call_format,
@@ -383,25 +362,6 @@ impl ValidRequest {
     pub(crate) fn prompt_field(&self) -> &'static str {
         self.prompt_field
     }
-}
-
-/// What the fields want to see, and what the engine must compute for it.
-fn presentation(
-    fields: &GenerationFields,
-    echo: bool,
-    sampling: &mut SamplingParameters,
-    vocabulary_size: usize,
-) -> Result<Presentation, ApiError> {
-    let prompt_logprobs = prompt_logprobs(fields, vocabulary_size)?;
-    sampling.prompt_logprobs = prompt_logprobs.max(sampling.logprobs.filter(|_| echo));
-    Ok(Presentation {
-        logprobs: sampling.logprobs,
-        echo,
-        prompt_logprobs,
-        token_ids: fields.return_token_ids,
-        tokens_as_ids: fields.return_tokens_as_token_ids,
-        reasoning: true,
-    })
 }
 
 /// A text that names something; neither empty nor long.
