@@ -4,6 +4,7 @@ mod admin;
 mod answers;
 mod anything;
 mod chats;
+mod embeddings;
 mod files;
 mod hang_up;
 mod lenient;

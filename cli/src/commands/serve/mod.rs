@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_engine::{Engine, ModelRunner};
+use nibble_engine::{Engine, ModelRunner, Pooling};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
@@ -144,6 +144,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
         generation_config,
+        pooling: Pooling::of_checkpoint(checkpoint.directory())?.unwrap_or(Pooling::Last),
         engine: engine.handle(),
     };
     drop(checkpoint);

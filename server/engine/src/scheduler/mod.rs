@@ -292,12 +292,13 @@ impl Scheduler {
     /// # Panics
     /// When the output is not that of the step in flight.
     pub(crate) fn complete(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
-        let StepOutput { plan, next_tokens, completed_at } = output;
+        let StepOutput { plan, next_tokens, hidden_states, completed_at } = output;
+        let width = hidden_states.len() / plan.batch.hidden_rows.len().max(1);
         assert_eq!(self.in_flight.take(), Some(plan.step), "the output of the step in flight");
         assert_eq!(next_tokens.len(), plan.batch.logit_rows.len(), "one outcome for each logit row");
         self.counters.steps += 1;
         self.counters.step_tokens.observe(plan.batch.token_ids.len() as f64);
-        let mut logit_row = 0;
+        let (mut logit_row, mut hidden_row) = (0, 0);
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             let draft = sequence.take_draft();
@@ -314,8 +315,15 @@ impl Scheduler {
                 };
                 take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
                 self.waiting.charge_completion(&sequence.tenant, sequence.completion().len() - before);
+                let hidden = &hidden_states[hidden_row * width..(hidden_row + planned.hidden) * width];
+                if planned.hidden > 0
+                    && let Some(embedding) = sequence.pool(planned.hidden, hidden)
+                {
+                    take_embedding(sequence, embedding, completed_at, &mut self.counters, effects);
+                }
             }
             logit_row += planned.logits;
+            hidden_row += planned.hidden;
             sequence.release_unused(&mut self.pool);
             if self.config.prefix_caching {
                 sequence.name_full_blocks(&mut self.pool);
@@ -465,6 +473,7 @@ fn take_token(
     effects: &mut Vec<Effect>,
 ) {
     let request = sequence.id;
+    observe_prefill(sequence, now, counters);
     if sequence.sampling.max_tokens == 0 {
         // The prompt was all that was wanted.
         sequence.state = SequenceState::Ended;
@@ -474,11 +483,6 @@ fn take_token(
         return;
     }
     counters.generation_tokens += 1;
-    let started = sequence.times.started.unwrap_or(now);
-    if sequence.times.first_token.is_none() {
-        counters.prefill_seconds.observe_between(started, now);
-    }
-    sequence.times.first_token.get_or_insert(now);
     sequence.times.last_token = Some(now);
     let reason = sequence.append(token_id);
     if reason != Some(FinishReason::Stop) {
@@ -500,6 +504,40 @@ fn abort(sequence: &Sequence, counters: &mut EngineStats) -> Effect {
     counters.finished.aborted += 1;
     counters.observe_end(sequence);
     finish(sequence, FinishReason::Aborted, None)
+}
+
+/// Observes the time that the prompt took, once.
+fn observe_prefill(sequence: &mut Sequence, now: Duration, counters: &mut EngineStats) {
+    let started = sequence.times.started.unwrap_or(now);
+    if sequence.times.first_token.is_none() {
+        sequence.times.first_token = Some(now);
+        counters.prefill_seconds.observe_between(started, now);
+    }
+}
+
+/// Ends a sequence that was to become an embedding.
+fn take_embedding(
+    sequence: &mut Sequence,
+    embedding: Result<Vec<f32>, String>,
+    now: Duration,
+    counters: &mut EngineStats,
+    effects: &mut Vec<Effect>,
+) {
+    let request = sequence.id;
+    sequence.state = SequenceState::Ended;
+    observe_prefill(sequence, now, counters);
+    counters.observe_end(sequence);
+    match embedding {
+        Ok(values) => {
+            effects.push(Effect { request, kind: EffectKind::Embedding { values } });
+            effects.push(finish(sequence, FinishReason::Length, None));
+            counters.finished.length += 1;
+        }
+        Err(message) => {
+            effects.push(Effect { request, kind: EffectKind::Failed { message } });
+            counters.finished.failed += 1;
+        }
+    }
 }
 
 /// The terminal effect of a sequence that ends without an error.

@@ -8,6 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::time::Duration;
 
+use nibble_model::pooling_config::Pooling;
 use proptest::prelude::{Strategy, any, prop, proptest};
 
 use super::invariants::{check, check_plan};
@@ -44,9 +45,19 @@ struct Arrival {
     prompt_tokens: usize,
     max_tokens: usize,
     ignore_eos: bool,
-    scores: bool,
+    wants: Wants,
     tenant: u64,
     priority: i32,
+}
+
+/// What a request is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    /// A token at least.
+    Completion,
+    /// The log probabilities of the prompt, and perhaps tokens.
+    Scores,
+    Embedding(Pooling),
 }
 
 /// What the owner of a request has seen of it, and what it may see.
@@ -56,6 +67,8 @@ struct Owner {
     seen_tokens: usize,
     /// Tokens of the prompt whose log probabilities it still wants.
     unscored: Range<usize>,
+    /// The embedding that it still wants.
+    embedding: Option<f32>,
     /// The number of completed steps at which it must have ended.
     ends_by_step: u64,
 }
@@ -102,6 +115,7 @@ impl World {
             vocabulary_size: 50,
             maximum_sequence_tokens: usize::MAX,
             eos_token_ids: vec![EOS],
+            hidden_size: Some(1),
         };
         Self {
             scheduler: Scheduler::new(&limits, config),
@@ -147,10 +161,13 @@ impl World {
     }
 
     fn submit(&mut self, arrival: Arrival) {
-        let Arrival { family, ignore_eos, scores, tenant, priority, .. } = arrival;
+        let Arrival { family, ignore_eos, wants, tenant, priority, .. } = arrival;
         let prompt_tokens = arrival.prompt_tokens.min(self.maximum_tokens - 1);
-        // What is not scored generates one token at least.
-        let max_tokens = arrival.max_tokens + usize::from(!scores);
+        let max_tokens = match wants {
+            Wants::Completion => arrival.max_tokens + 1,
+            Wants::Scores => arrival.max_tokens,
+            Wants::Embedding(_) => 0,
+        };
         let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
         let id = RequestId(self.submitted);
         self.submitted += 1;
@@ -162,14 +179,23 @@ impl World {
             max_tokens,
             ignore_eos,
             stop_token_ids: vec![STOP],
-            prompt_logprobs: scores.then_some(0),
+            prompt_logprobs: (wants == Wants::Scores).then_some(0),
             ..Default::default()
+        };
+        let (request, embedding) = match wants {
+            Wants::Completion | Wants::Scores => (Request::new(prompt, sampling), None),
+            Wants::Embedding(pooling) => {
+                // The hidden state of a token is its position, from 1.
+                let last = prompt_tokens as f32;
+                let embedding = if pooling == Pooling::Last { last } else { (last + 1.0) / 2.0 };
+                (Request::embedding(prompt, pooling), Some(embedding))
+            }
         };
         let request = Request {
             priority,
             tenant: format!("tenant {tenant}").into(),
             cache_salt: (family == 2).then(|| "salt".into()),
-            ..Request::new(prompt, sampling)
+            ..request
         };
         self.scheduler.submit(id, request, Duration::ZERO);
         // Among equals the first gets on with every step, and never has to start again: each one ahead delays this
@@ -184,8 +210,11 @@ impl World {
             ends_by_step = self.completed_steps + PRIORITIES * everything;
             self.owners.values_mut().for_each(|owner| owner.ends_by_step = ends_by_step);
         }
-        let unscored = 0..if scores { prompt_tokens - 1 } else { 0 };
-        self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, ends_by_step });
+        let unscored = 0..if wants == Wants::Scores { prompt_tokens - 1 } else { 0 };
+        self.owners.insert(
+            id,
+            Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, embedding, ends_by_step },
+        );
     }
 
     fn turn(&mut self, fails: bool, effects: &mut Vec<Effect>) {
@@ -219,7 +248,9 @@ impl World {
         if let (true, Some(first)) = (fails, next_tokens.first_mut()) {
             *first = Err("not finite".to_owned());
         }
-        self.scheduler.complete(StepOutput { plan, next_tokens, completed_at: now }, effects);
+        let hidden_rows = plan.batch.hidden_rows.iter();
+        let hidden_states = hidden_rows.map(|&row| plan.batch.positions[row] as f32 + 1.0).collect();
+        self.scheduler.complete(StepOutput { plan, next_tokens, hidden_states, completed_at: now }, effects);
         self.completed_steps += 1;
     }
 
@@ -255,6 +286,11 @@ impl World {
                 }
                 return;
             }
+            EffectKind::Embedding { values } => {
+                assert_eq!(Some(values[0]), owner.embedding.take(), "every token is pooled once");
+                assert_eq!(values.len(), 1);
+                return;
+            }
             EffectKind::Token { token_id, .. } => {
                 assert_eq!(*token_id, token(id, owner.seen_tokens), "tokens come in order, each once");
                 owner.seen_tokens += 1;
@@ -268,6 +304,7 @@ impl World {
                 assert_eq!(stop_token.is_some(), stopped == 1);
                 let aborted = *reason == FinishReason::Aborted;
                 assert!(owner.unscored.is_empty() || aborted, "the whole prompt is scored");
+                assert!(owner.embedding.is_none() || aborted, "the embedding comes before the end");
                 match reason {
                     FinishReason::Stop => {
                         let stop_token = stop_token.map(|(token_id, _)| token_id);
@@ -325,7 +362,12 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
                 prompt_tokens: 1 + below(30) as usize,
                 max_tokens: below(30) as usize,
                 ignore_eos: below(2) == 0,
-                scores: below(4) == 0,
+                wants: match below(8) {
+                    0 => Wants::Embedding(Pooling::Mean),
+                    1 => Wants::Embedding(Pooling::Last),
+                    2 | 3 => Wants::Scores,
+                    _ => Wants::Completion,
+                },
                 tenant: below(tenants),
                 priority: below(priorities) as i32,
             }),
@@ -377,11 +419,14 @@ fn the_same_calls_give_the_same_plans_and_effects() {
 }
 
 fn event() -> impl Strategy<Value = Event> {
+    const WANTS: [Wants; 4] =
+        [Wants::Completion, Wants::Scores, Wants::Embedding(Pooling::Mean), Wants::Embedding(Pooling::Last)];
     let lengths = (1..20usize, 0..20usize);
-    let submit = (0..3u64, lengths, any::<bool>(), any::<bool>(), 0..2u64, 0..PRIORITIES as i32);
+    let wants = prop::sample::select(&WANTS[..]);
+    let submit = (0..3u64, lengths, any::<bool>(), wants, 0..2u64, 0..PRIORITIES as i32);
     proptest::prop_oneof![
-        2 => submit.prop_map(|(family, (prompt_tokens, max_tokens), ignore_eos, scores, tenant, priority)| {
-            Event::Submit(Arrival { family, prompt_tokens, max_tokens, ignore_eos, scores, tenant, priority })
+        2 => submit.prop_map(|(family, (prompt_tokens, max_tokens), ignore_eos, wants, tenant, priority)| {
+            Event::Submit(Arrival { family, prompt_tokens, max_tokens, ignore_eos, wants, tenant, priority })
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
         6 => proptest::strategy::Just(Event::Turn),
