@@ -34,7 +34,7 @@ impl Workload {
     pub(super) fn new(arguments: &ServeArguments) -> anyhow::Result<Self> {
         let mut random = StdRng::seed_from_u64(arguments.seed);
         let words: Vec<&str> = WORDS.split_whitespace().collect();
-        let mut draw = |count: usize, random: &mut StdRng| -> Vec<&str> {
+        let draw = |count: usize, random: &mut StdRng| -> Vec<&str> {
             (0..count).filter_map(|_| words.choose(random).copied()).collect()
         };
         let prefix = draw(arguments.random_prefix_len as usize, &mut random);
@@ -96,8 +96,8 @@ mod tests {
         let prompts =
             prompts(&["--random-input-len", "20", "--random-prefix-len", "7", "--num-prompts", "9"]);
         let words: Vec<Vec<&str>> = prompts.iter().map(|prompt| prompt.text.split(' ').collect()).collect();
-        assert!(words.iter().all(|words| words.len() == 27 && words[..7] == words[8][..7]));
-        assert!((0..8).all(|index| words[index][7..] != words[8][7..]));
+        assert!(words.iter().all(|own| own.len() == 27 && own[..7] == words[8][..7]));
+        assert!((0..8).all(|index| !words[index].ends_with(&words[8][7..])));
         assert!(prompts.iter().all(|prompt| prompt.max_tokens == 128 && prompt.arrives_at.is_zero()));
     }
 
