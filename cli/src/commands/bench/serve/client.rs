@@ -84,8 +84,10 @@ impl Client {
     /// Asks the server for its model, unless the arguments name one.
     pub(super) async fn connect(arguments: &ServeArguments) -> anyhow::Result<Self> {
         let base = arguments.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        // A connection for each request: servers close idle ones, llama-server just when they are used again.
+        let http = reqwest::Client::builder().tcp_nodelay(true).pool_max_idle_per_host(0).build()?;
         let mut client = Self {
-            http: reqwest::Client::builder().tcp_nodelay(true).build()?,
+            http,
             base,
             api_key: arguments.api_key.clone(),
             model: String::new(),
