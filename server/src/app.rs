@@ -19,6 +19,7 @@ use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
 use crate::openai::{chat, completions, models, tokenize};
+use crate::reasoning::{Reasoning, ReasoningFormat};
 use crate::tools::ToolCallFormat;
 use crate::{ServerError, health};
 
@@ -48,6 +49,10 @@ pub struct ServerOptions {
     pub keep_alive: Duration,
     /// How the model calls tools; what its chat template says if absent.
     pub tool_call_format: Option<ToolCallFormat>,
+    /// How the model marks what it thinks; what its chat template says if absent.
+    pub reasoning_parser: Option<ReasoningFormat>,
+    /// Whether requests may bring chat templates of their own.
+    pub trust_request_chat_template: bool,
 }
 
 impl Default for ServerOptions {
@@ -58,6 +63,8 @@ impl Default for ServerOptions {
             stuck_after: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             tool_call_format: None,
+            reasoning_parser: None,
+            trust_request_chat_template: false,
         }
     }
 }
@@ -81,6 +88,8 @@ pub(crate) struct AppState {
     pub(crate) grammars: Grammars,
     /// How the model calls tools; absent when nobody knows, or when it has no chat template.
     pub(crate) tool_call_format: Option<ToolCallFormat>,
+    /// How the model marks what it thinks, as far as it is known.
+    pub(crate) reasoning: Option<Reasoning>,
     /// When the server started, in seconds since 1970.
     pub(crate) started_at: u64,
     pub(crate) options: ServerOptions,
@@ -94,6 +103,12 @@ pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, Serv
     let metrics_of_server = Metrics::new(model.engine.clone(), &model.name)?;
     let limits = model.engine.limits();
     let tokenizer = Arc::clone(&model.tokenizer);
+    let template = model.chat_template.as_deref();
+    let reasoning_parser =
+        options.reasoning_parser.or_else(|| template.and_then(ReasoningFormat::of_template));
+    let reasoning = reasoning_parser.map(|ReasoningFormat::ThinkTags| {
+        Reasoning::new(Arc::clone(&tokenizer), limits.vocabulary_size, limits.eos_token_ids.clone())
+    });
     let grammars = Grammars::new(tokenizer, limits.vocabulary_size, limits.eos_token_ids.clone());
     let of_template = || ToolCallFormat::of_template(model.chat_template.as_deref()?);
     let tool_call_format = options.tool_call_format.or_else(of_template);
@@ -102,6 +117,7 @@ pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, Serv
         metrics: metrics_of_server,
         grammars,
         tool_call_format,
+        reasoning,
         started_at: seconds_since_1970(),
         options,
     });

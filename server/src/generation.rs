@@ -66,6 +66,11 @@ struct Choice {
     ready: String,
     /// Tokens that were not handed out yet.
     tokens: Vec<TokenOutput>,
+    /// The prompt, if somebody wants to see its tokens, until it was handed out.
+    prompt: Vec<TokenOutput>,
+    /// Tokens of it that have their log probability, and the first, which never gets one.
+    scored: usize,
+    include_stop: bool,
     generated_tokens: usize,
     /// Characters of all text that the detokenizer gave.
     characters: usize,
@@ -83,8 +88,9 @@ struct TextState {
 #[derive(Debug)]
 pub(crate) struct TokenOutput {
     pub(crate) token_id: u32,
+    /// If the request asked for them. The first token of a prompt has none.
     pub(crate) logprobs: Option<TokenLogprobs>,
-    /// Where its text begins in the completion, in characters.
+    /// Where its text begins in the answer, in characters.
     pub(crate) text_offset: usize,
 }
 
@@ -95,7 +101,9 @@ pub(crate) struct ChoiceEvent {
     pub(crate) choice: usize,
     /// Text that follows the text before.
     pub(crate) text: String,
-    /// Tokens since the event before.
+    /// In the first event of a choice, the tokens of the prompt, if they are shown.
+    pub(crate) prompt: Vec<TokenOutput>,
+    /// Tokens since the event before; a token that ends the choice is among them.
     pub(crate) tokens: Vec<TokenOutput>,
     /// Present in the last event of a choice.
     pub(crate) finish: Option<Finish>,
@@ -105,6 +113,7 @@ pub(crate) struct ChoiceEvent {
 #[derive(Debug)]
 pub(crate) struct CompletedChoice {
     pub(crate) text: String,
+    pub(crate) prompt: Vec<TokenOutput>,
     pub(crate) tokens: Vec<TokenOutput>,
     pub(crate) finish: Finish,
 }
@@ -136,6 +145,14 @@ impl Generation {
         };
         for prompt in request.prompts() {
             generation.usage.prompt_tokens += prompt.token_ids.len();
+            let token = |(at, &token_id): (usize, &u32)| TokenOutput {
+                token_id,
+                logprobs: None,
+                text_offset: prompt.text_offsets.get(at).copied().unwrap_or_default(),
+            };
+            let shown = if request.presentation().shows_prompt() { &prompt.token_ids[..] } else { &[] };
+            // The echo of a chat is the endpoint's.
+            let echo = if request.presentation().echo { prompt.echo.as_str() } else { "" };
             for choice in 0..request.choices_per_prompt() {
                 let sink = ChannelSink { choice: generation.choices.len(), events: sender.clone() };
                 let engine_request = request.engine_request(prompt, choice);
@@ -151,10 +168,13 @@ impl Generation {
                         stop: StopStrings::new(request.stop().to_vec(), request.include_stop()),
                         min_tokens: request.min_tokens(),
                     }),
-                    ready: prompt.echo.clone(),
+                    ready: echo.to_owned(),
                     tokens: Vec::new(),
+                    prompt: shown.iter().enumerate().map(token).collect(),
+                    scored: 1,
+                    include_stop: request.include_stop(),
                     generated_tokens: 0,
-                    characters: prompt.echo.chars().count(),
+                    characters: echo.chars().count(),
                     last_token_at: None,
                 });
             }
@@ -180,19 +200,27 @@ impl Generation {
 
     /// Waits until every choice has ended.
     pub(crate) async fn collect(mut self) -> Result<(Vec<CompletedChoice>, Usage), ApiError> {
-        let mut texts: Vec<(String, Vec<TokenOutput>)> =
-            self.choices.iter().map(|_| Default::default()).collect();
-        let mut ends: Vec<Option<Finish>> = self.choices.iter().map(|_| None).collect();
+        let mut collected: Vec<ChoiceEvent> = (0..self.choices.len())
+            .map(|choice| ChoiceEvent {
+                choice,
+                text: String::new(),
+                prompt: Vec::new(),
+                tokens: Vec::new(),
+                finish: None,
+            })
+            .collect();
         while let Some(event) = self.next().await {
             let event = event?;
-            let (text, tokens) = &mut texts[event.choice];
-            text.push_str(&event.text);
-            tokens.extend(event.tokens);
-            ends[event.choice] = event.finish;
+            let choice = &mut collected[event.choice];
+            choice.text.push_str(&event.text);
+            choice.prompt.extend(event.prompt);
+            choice.tokens.extend(event.tokens);
+            choice.finish = event.finish;
         }
-        let completed = texts.into_iter().zip(ends).filter_map(|((text, tokens), finish)| {
-            finish.map(|finish| CompletedChoice { text, tokens, finish })
-        });
+        let completed =
+            collected.into_iter().filter_map(|ChoiceEvent { text, prompt, tokens, finish, .. }| {
+                Some(CompletedChoice { text, prompt, tokens, finish: finish? })
+            });
         Ok((completed.collect(), self.usage()))
     }
 
@@ -223,6 +251,13 @@ impl Generation {
             return Ok(None); // tokens that were under way when a stop string ended the choice
         };
         let finish = match delivery.event {
+            RequestEvent::PromptLogprobs { logprobs } => {
+                for (token, logprobs) in choice.prompt.iter_mut().skip(choice.scored).zip(logprobs) {
+                    token.logprobs = Some(logprobs);
+                    choice.scored += 1;
+                }
+                return Ok(None);
+            }
             RequestEvent::Token { token_id, logprobs } => {
                 self.usage.completion_tokens += 1;
                 self.metrics.token(choice.last_token_at, delivery.sent_at);
@@ -233,12 +268,18 @@ impl Generation {
                 }
                 stopped
             }
-            RequestEvent::Finished { reason, stop_token, completion_tokens, .. } => {
+            RequestEvent::Finished { reason, stop_token, stop_logprobs, completion_tokens, .. } => {
                 // The token that stopped the sequence was generated, not sent.
                 self.usage.completion_tokens += completion_tokens.saturating_sub(choice.generated_tokens);
-                let stop_token =
-                    stop_token.filter(|token| !self.engine.limits().eos_token_ids.contains(token));
-                Some(choice.end(reason, stop_token)?)
+                let stopped = match stop_token {
+                    Some(token_id) => choice.push_stop(token_id, stop_logprobs)?,
+                    None => None,
+                };
+                let named = stop_token.filter(|token| !self.engine.limits().eos_token_ids.contains(token));
+                match stopped {
+                    None => Some(choice.end(reason, named)?),
+                    stopped => stopped,
+                }
             }
             RequestEvent::Failed { message } => return Err(self.fail(&message)),
         };
@@ -248,8 +289,13 @@ impl Generation {
         } else if choice.ready.is_empty() {
             return Ok(None);
         }
-        let text = std::mem::take(&mut choice.ready);
-        Ok(Some(ChoiceEvent { choice: index, text, tokens: std::mem::take(&mut choice.tokens), finish }))
+        Ok(Some(ChoiceEvent {
+            choice: index,
+            text: std::mem::take(&mut choice.ready),
+            prompt: std::mem::take(&mut choice.prompt),
+            tokens: std::mem::take(&mut choice.tokens),
+            finish,
+        }))
     }
 }
 
@@ -263,6 +309,19 @@ impl Choice {
         self.tokens.push(TokenOutput { token_id, logprobs, text_offset: self.characters });
         self.generated_tokens += 1;
         let Some(state) = &mut self.text else { return Ok(None) };
+        let piece = state.detokenizer.push(token_id)?;
+        Ok(self.push_text(&piece))
+    }
+
+    /// Takes the token that ends the choice, which belongs to the text if the request says so; then it may complete a
+    /// stop string.
+    fn push_stop(
+        &mut self,
+        token_id: u32,
+        logprobs: Option<TokenLogprobs>,
+    ) -> Result<Option<Finish>, CheckpointError> {
+        self.tokens.push(TokenOutput { token_id, logprobs, text_offset: self.characters });
+        let Some(state) = self.text.as_mut().filter(|_| self.include_stop) else { return Ok(None) };
         let piece = state.detokenizer.push(token_id)?;
         Ok(self.push_text(&piece))
     }

@@ -2,11 +2,12 @@
 //!
 //! The way of a request: `observe` names it, `openai::fields` takes its body apart, `validation` makes a
 //! [`validation::ValidRequest`] of it, with a constraint by `grammar` if the answer must have a form, `generation`
-//! submits it and turns tokens into text, and the endpoint writes that, with the calls that `tools` finds in it,
-//! as one body or through `stream` as events. The engine calls back the sink that puts an event into a channel, and
+//! submits it and turns tokens into text, and the endpoint writes that, with the calls that `tools` and the thoughts
+//! that `reasoning` find in it, as one body or through `stream` as events. The engine calls back the sink that puts an event into a channel, and
 //! beside each step the constraints.
 #![forbid(unsafe_code)]
 
+mod answer_parser;
 mod app;
 mod auth;
 mod generation;
@@ -16,6 +17,7 @@ mod messages;
 mod metrics;
 mod observe;
 mod openai;
+mod reasoning;
 mod serve;
 mod stop_strings;
 mod stream;
@@ -23,5 +25,6 @@ mod tools;
 mod validation;
 
 pub use app::{ServedModel, ServerOptions, router};
+pub use reasoning::ReasoningFormat;
 pub use serve::{ServerError, serve};
 pub use tools::ToolCallFormat;

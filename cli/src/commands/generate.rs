@@ -76,7 +76,7 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
         ..SamplingParameters::default()
     };
     let (sender, events) = channel();
-    engine.handle().submit(Request { prompt, sampling, constraint: None }, Box::new(ChannelSink(sender)))?;
+    engine.handle().submit(Request::new(prompt, sampling), Box::new(ChannelSink(sender)))?;
     let mut detokenizer = Detokenizer::new(tokenizer, true);
     let answer = receive(events, &mut detokenizer, |piece| {
         if arguments.json { Ok(Reader::Present) } else { print_piece(piece) }
@@ -141,6 +141,7 @@ fn receive(
     loop {
         let event = events.recv().context("the engine stopped before the answer was finished")?;
         let ended = match event {
+            RequestEvent::PromptLogprobs { .. } => continue,
             RequestEvent::Token { token_id, .. } => {
                 token_ids.push(token_id);
                 None

@@ -92,24 +92,26 @@ impl ChatTemplate {
         Self::compile(&config_file, templates, special_tokens).map(Some)
     }
 
+    /// A template from its source, with the special tokens of the model's own template, if it has one.
+    ///
+    /// # Errors
+    /// When it is no template.
+    pub fn from_source(source: String, of_model: Option<&Self>) -> Result<Self, ChatTemplateError> {
+        let special_tokens = of_model.map(|template| template.special_tokens.clone()).unwrap_or_default();
+        let mut environment = environment();
+        add_template(&mut environment, DEFAULT.to_owned(), &source)
+            .map_err(|error| ChatTemplateError { message: format!("not valid Jinja: {error}") })?;
+        Ok(Self { environment, special_tokens })
+    }
+
     fn compile(
         file: &Path,
         templates: Vec<(String, String)>,
         special_tokens: Map<String, Json>,
     ) -> Result<Self, CheckpointError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(FUEL));
-        python::install(&mut environment);
-        // transformers marks the assistant's tokens with these blocks; what they enclose is always printed.
-        let generation = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("a valid pattern");
+        let mut environment = environment();
         for (name, source) in templates {
-            let source = generation.replace_all(&source, |found: &regex::Captures<'_>| {
-                let tag = if found.get(2).is_some() { "endif" } else { "if true" };
-                format!("{}{tag}{}", &found[1], &found[3])
-            });
-            environment.add_template_owned(name.clone(), source.into_owned()).map_err(|error| {
+            add_template(&mut environment, name.clone(), &source).map_err(|error| {
                 let problem = format!("the chat template \"{name}\" is not valid Jinja: {error}");
                 CheckpointError::malformed(file, problem, "correct the template or fetch the model again")
             })?;
@@ -156,6 +158,30 @@ impl ChatTemplate {
             .map_err(|error| ChatTemplateError { message: explain(&error) })?;
         String::from_utf8(output.0).map_err(|error| ChatTemplateError { message: error.to_string() })
     }
+}
+
+/// What transformers renders templates with, within bounds.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_fuel(Some(FUEL));
+    python::install(&mut environment);
+    environment
+}
+
+fn add_template(
+    environment: &mut Environment<'static>,
+    name: String,
+    source: &str,
+) -> Result<(), minijinja::Error> {
+    // transformers marks the assistant's tokens with these blocks; what they enclose is always printed.
+    let generation = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("a valid pattern");
+    let source = generation.replace_all(source, |found: &regex::Captures<'_>| {
+        let tag = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{}{tag}{}", &found[1], &found[3])
+    });
+    environment.add_template_owned(name, source.into_owned())
 }
 
 /// What a template has printed.

@@ -88,7 +88,7 @@ fn measure(
     for _ in 0..sequences {
         let prompt = vec![1; PROMPT_TOKENS];
         let sampling = SamplingParameters { max_tokens: steps, ..sampling.clone() };
-        handle.submit(Request { prompt, sampling, constraint: None }, Box::new(NullSink)).expect("accepted");
+        handle.submit(Request::new(prompt, sampling), Box::new(NullSink)).expect("accepted");
     }
     drop(handle);
     engine.join().expect("an orderly end");

@@ -52,6 +52,26 @@ impl TokenMask {
         Self { words }
     }
 
+    /// A mask of all tokens below `vocabulary_size` but `excluded`.
+    pub fn all_but(vocabulary_size: usize, excluded: &[u32]) -> Self {
+        let mut words = vec![u32::MAX; vocabulary_size.div_ceil(u32::BITS as usize)];
+        for &token_id in excluded {
+            if let Some(word) = words.get_mut(token_id as usize / u32::BITS as usize) {
+                *word &= !(1 << (token_id % u32::BITS));
+            }
+        }
+        Self { words }
+    }
+
+    /// Lets `token_id` come as well.
+    pub fn allow(&mut self, token_id: u32) {
+        let index = token_id as usize / u32::BITS as usize;
+        if index >= self.words.len() {
+            self.words.resize(index + 1, 0);
+        }
+        self.words[index] |= 1 << (token_id % u32::BITS);
+    }
+
     /// Whether `token_id` may come next.
     pub fn allows(&self, token_id: u32) -> bool {
         let word = self.words.get(token_id as usize / u32::BITS as usize);
@@ -93,5 +113,14 @@ mod tests {
         assert_eq!(kept, [0, 2, 63]);
         assert!((0..200).all(|token| mask.allows(token) == kept.contains(&(token as usize))));
         assert!(mask.allows_others_than(&[0, 2]) && !mask.allows_others_than(&[0, 2, 63]));
+    }
+
+    #[test]
+    fn masks_are_made_of_single_tokens() {
+        let mut mask = TokenMask::all_but(70, &[0, 33, 1000]);
+        assert!((0..70).all(|token| mask.allows(token) != [0, 33].contains(&token)));
+        mask.allow(33);
+        mask.allow(200);
+        assert!(mask.allows(33) && mask.allows(200) && !mask.allows(199) && !mask.allows(0));
     }
 }

@@ -52,6 +52,7 @@ impl Engine {
             ("max_running_sequences", config.max_running_sequences),
             ("max_step_tokens", config.max_step_tokens),
             ("max_prefill_chunk_tokens", config.max_prefill_chunk_tokens),
+            ("max_prompt_logit_rows", config.max_prompt_logit_rows),
             ("max_waiting_requests", config.max_waiting_requests),
         ] {
             if value == 0 {

@@ -10,9 +10,9 @@ use nibble_model::forward::{Batch, Logits};
 use crate::engine::{EngineFailure, panic_message};
 use crate::handle::{Command, Health, Shared, Submission};
 use crate::ledger::Ledger;
-use crate::request::{RequestEvent, SinkState};
+use crate::request::{RequestEvent, RequestId, SinkState};
 use crate::runner::{StepError, StepRunner};
-use crate::sampling::{SampledToken, Sampler, SamplingRow, TokenLogprobs};
+use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::stats::EngineStats;
 
@@ -44,7 +44,7 @@ pub(crate) struct EngineThread {
     received: u64,
     /// When the last step completed, or when work arrived after idleness.
     working_since: Option<Instant>,
-    /// Effects that were not sent yet, and the log probabilities of the step they come from.
+    /// Effects that were not sent yet, and the log probabilities of the step they come from, by logit row.
     effects: Vec<Effect>,
     logprobs: Vec<Option<TokenLogprobs>>,
 }
@@ -112,9 +112,9 @@ impl EngineThread {
         check_logits(&logits, &plan.batch, self.shared.limits.vocabulary_size)?;
         // Those aborted meanwhile end with this step, without another token.
         self.take_commands();
-        let sampled = self.sample(&plan, &logits);
+        let next_tokens = self.next_tokens(&plan, &logits);
         self.working_since = Some(Instant::now());
-        let output = StepOutput { plan, sampled, completed_at: self.now() };
+        let output = StepOutput { plan, next_tokens, completed_at: self.now() };
         self.scheduler.complete(output, &mut self.effects);
         self.send_effects();
         Ok(())
@@ -134,19 +134,27 @@ impl EngineThread {
         })
     }
 
-    /// Samples every logit row of `plan`; log probabilities go to `self.logprobs`.
-    fn sample(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, String>> {
-        let sequences = plan.entries.iter().filter(|planned| planned.samples).map(|planned| planned.running);
-        let rows: Vec<SamplingRow<'_>> = sequences
-            .enumerate()
-            .map(|(row, index)| SamplingRow::new(&self.scheduler.running()[index], logits.row(row)))
-            .collect();
+    /// The token that follows each logit row of `plan`, sampled or known; log probabilities go to `self.logprobs`.
+    fn next_tokens(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, String>> {
+        let mut rows = Vec::with_capacity(logits.rows);
+        for (planned, batch_rows) in plan.entries.iter().zip(&plan.batch.sequences) {
+            let sequence = &self.scheduler.running()[planned.running];
+            let end = batch_rows.first_position + planned.tokens;
+            let next_known = sequence.tokens().iter().skip(end + 1 - planned.logits);
+            for &token_id in next_known.take(planned.scored()) {
+                let top = sequence.sampling.prompt_logprobs.unwrap_or(0);
+                rows.push(LogitRow::Score { logits: logits.row(rows.len()), token_id, top });
+            }
+            if planned.samples {
+                rows.push(LogitRow::Sample(SamplingRow::new(sequence, logits.row(rows.len()))));
+            }
+        }
         let sampled = self.sampler.sample(&rows);
         self.logprobs.clear();
         let mut tokens = Vec::with_capacity(sampled.len());
         for outcome in sampled {
             let (token, logprobs) = match outcome {
-                Ok(SampledToken { token_id, logprobs }) => (Ok(token_id), logprobs),
+                Ok(NextToken { token_id, logprobs }) => (Ok(token_id), logprobs),
                 Err(error) => (Err(error.to_string()), None),
             };
             tokens.push(token);
@@ -209,15 +217,24 @@ impl EngineThread {
             self.publish();
             for Effect { request, kind } in std::mem::take(&mut self.effects) {
                 match kind {
+                    EffectKind::PromptLogprobs { logit_rows } => {
+                        let logprobs =
+                            self.logprobs[logit_rows].iter_mut().filter_map(Option::take).collect();
+                        self.tell(request, RequestEvent::PromptLogprobs { logprobs });
+                    }
                     EffectKind::Token { token_id, logit_row } => {
                         let logprobs = self.logprobs[logit_row].take();
-                        if self.ledger.token(request, token_id, logprobs) == SinkState::Closed {
-                            self.scheduler.abort(request, &mut self.effects);
-                        }
+                        self.tell(request, RequestEvent::Token { token_id, logprobs });
                     }
                     EffectKind::Finished { reason, stop_token, prompt_tokens, completion_tokens } => {
-                        let finished =
-                            RequestEvent::Finished { reason, stop_token, prompt_tokens, completion_tokens };
+                        let finished = RequestEvent::Finished {
+                            reason,
+                            stop_token: stop_token.map(|(token_id, _)| token_id),
+                            stop_logprobs: stop_token
+                                .and_then(|(_, logit_row)| self.logprobs[logit_row].take()),
+                            prompt_tokens,
+                            completion_tokens,
+                        };
                         self.ledger.close(request, finished);
                     }
                     EffectKind::Failed { message } => {
@@ -225,6 +242,13 @@ impl EngineThread {
                     }
                 }
             }
+        }
+    }
+
+    /// Sends an event of an open request that is not its last; ends the request if nobody reads it.
+    fn tell(&mut self, request: RequestId, event: RequestEvent) {
+        if self.ledger.send(request, event) == SinkState::Closed {
+            self.scheduler.abort(request, &mut self.effects);
         }
     }
 

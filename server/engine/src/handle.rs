@@ -22,6 +22,10 @@ pub struct EngineConfig {
     pub max_step_tokens: usize,
     /// Most prompt tokens of one sequence in one step, at least 1.
     pub max_prefill_chunk_tokens: usize,
+    /// Most rows of one step whose logits are wanted for log probabilities of prompts, at least 1. With one row for
+    /// each running sequence this bounds the logits of a step, of `4 * vocabulary` bytes a row; larger values score
+    /// prompts in fewer steps.
+    pub max_prompt_logit_rows: usize,
     /// Most requests that wait for their first step; more are refused.
     pub max_waiting_requests: usize,
     /// Share the KV blocks of equal prefixes, and keep those of ended sequences until their place is needed.
@@ -37,6 +41,7 @@ impl Default for EngineConfig {
             max_running_sequences: 256,
             max_step_tokens: 2048,
             max_prefill_chunk_tokens: 512,
+            max_prompt_logit_rows: 256,
             max_waiting_requests: 1024,
             prefix_caching: true,
             seed: 0,
@@ -220,7 +225,8 @@ impl EngineHandle {
         let prompt_tokens = request.prompt.len();
         let max_tokens = request.sampling.max_tokens;
         let maximum_tokens = self.shared.maximum_tokens();
-        if prompt_tokens.saturating_add(max_tokens) > maximum_tokens {
+        // Even a prompt that nothing is generated after needs its place in the cache.
+        if prompt_tokens.saturating_add(max_tokens.max(1)) > maximum_tokens {
             return Err(SubmitError::TooLong { prompt_tokens, max_tokens, maximum_tokens });
         }
         Ok(())

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::request::{EventSink, RequestEvent, RequestId, SinkState};
-use crate::sampling::TokenLogprobs;
 
 /// The accounts of the open requests.
 #[derive(Default)]
@@ -22,15 +21,10 @@ impl Ledger {
         assert!(other.is_none(), "request {request} is opened once");
     }
 
-    /// Hands over a token of an open request.
-    pub(crate) fn token(
-        &mut self,
-        request: RequestId,
-        token_id: u32,
-        logprobs: Option<TokenLogprobs>,
-    ) -> SinkState {
-        let sink = self.sinks.get_mut(&request).expect("tokens go to open requests");
-        sink.send(RequestEvent::Token { token_id, logprobs })
+    /// Hands over an event of an open request that is not its last.
+    pub(crate) fn send(&mut self, request: RequestId, event: RequestEvent) -> SinkState {
+        let sink = self.sinks.get_mut(&request).expect("events go to open requests");
+        sink.send(event)
     }
 
     /// Hands over the terminal event of an open request.

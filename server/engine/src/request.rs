@@ -1,6 +1,7 @@
 //! What goes into the engine and what comes out: requests, their events, and where the events go.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::constraint::TokenConstraint;
 use crate::sampling::{SamplingParameters, TokenLogprobs};
@@ -24,6 +25,17 @@ pub struct Request {
     pub sampling: SamplingParameters,
     /// Restricts the completion, at its beginning.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// Requests with lower numbers are served first.
+    pub priority: i32,
+    /// Only requests with the same salt share keys and values of equal prefixes.
+    pub cache_salt: Option<Arc<str>>,
+}
+
+impl Request {
+    /// A request for a completion of `prompt` without anything else.
+    pub fn new(prompt: Vec<u32>, sampling: SamplingParameters) -> Self {
+        Self { prompt, sampling, constraint: None, priority: 0, cache_salt: None }
+    }
 }
 
 /// Why a request ended without an error.
@@ -31,16 +43,22 @@ pub struct Request {
 pub enum FinishReason {
     /// The model produced an end-of-sequence token or one of the request's stop tokens.
     Stop,
-    /// `max_tokens` tokens were produced.
+    /// `max_tokens` tokens were produced, possibly none.
     Length,
     /// [`crate::EngineHandle::abort`] was called, the sink closed, or the drain deadline passed.
     Aborted,
 }
 
-/// What the engine reports about one request: any number of tokens, then exactly one of
-/// [`RequestEvent::Finished`] and [`RequestEvent::Failed`], and nothing after it.
+/// What the engine reports about one request: log probabilities of its prompt, if it asked for them, and any number of
+/// tokens, then exactly one of [`RequestEvent::Finished`] and [`RequestEvent::Failed`], and nothing after it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RequestEvent {
+    /// The next tokens of the prompt have log probabilities, if the request asked for them: one for each token after
+    /// the first, in order, in any number of such events, all of them before the first token of the completion.
+    PromptLogprobs {
+        /// One for each of the next tokens.
+        logprobs: Vec<TokenLogprobs>,
+    },
     /// The next token of the completion. The token that stops a sequence is not sent as one: it is in
     /// [`RequestEvent::Finished`].
     Token {
@@ -55,6 +73,8 @@ pub enum RequestEvent {
         reason: FinishReason,
         /// The end-of-sequence or stop token that ended it, for [`FinishReason::Stop`].
         stop_token: Option<u32>,
+        /// The stop token's log probability, when the request asked for it.
+        stop_logprobs: Option<TokenLogprobs>,
         /// Tokens of the prompt.
         prompt_tokens: usize,
         /// Tokens generated, the stop token included.

@@ -1,5 +1,6 @@
 //! One request inside the scheduler: its tokens, its KV blocks, and where it is in its life.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::blocks::{BlockId, BlockPool};
@@ -54,6 +55,8 @@ pub(crate) struct Sequence {
     /// Tokens whose keys and values are in the blocks.
     pub(crate) computed: usize,
     pub(crate) times: Times,
+    /// Positions of the prompt whose logits are still wanted, for the log probability of the token after each.
+    unscored: Range<usize>,
     /// The prompt, then the completion.
     tokens: Vec<u32>,
     prompt_tokens: usize,
@@ -75,7 +78,9 @@ impl Sequence {
         seed: u64,
         submitted: Duration,
     ) -> Self {
-        let Request { prompt, sampling, constraint } = request;
+        let Request { prompt, sampling, constraint, .. } = request;
+        // Nothing comes after the last token of the prompt that is known.
+        let scored = if sampling.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
         let mut stop_tokens = sampling.stop_token_ids.clone();
         if !sampling.ignore_eos {
             stop_tokens.extend_from_slice(eos_token_ids);
@@ -91,6 +96,7 @@ impl Sequence {
             named_blocks: 0,
             computed: 0,
             times: Times { submitted, started: None, first_token: None },
+            unscored: 0..scored,
             prompt_tokens: prompt.len(),
             prompt_tokens_counted: 0,
             tokens: prompt,
@@ -145,7 +151,37 @@ impl Sequence {
 
     /// Tokens that its place in the cache must hold at the end of its life: the last token is never fed back.
     pub(crate) fn maximum_cached_tokens(&self) -> usize {
-        self.prompt_tokens + self.sampling.max_tokens - 1
+        self.prompt_tokens + self.sampling.max_tokens.saturating_sub(1)
+    }
+
+    /// Whether a step that computes its next `tokens` tokens can sample one more.
+    pub(crate) fn samples_after(&self, tokens: usize) -> bool {
+        tokens == self.remaining()
+    }
+
+    /// Of its next `tokens` tokens to compute, those whose logits are wanted for log probabilities of the prompt:
+    /// the last ones, but for one that is sampled from.
+    pub(crate) fn scored_within(&self, tokens: usize) -> usize {
+        let Range { start, end } = self.unscored;
+        end.min(self.computed + tokens).saturating_sub(start.max(self.computed))
+    }
+
+    /// The most tokens to compute next, of which at most `logit_rows` need logits for the prompt.
+    pub(crate) fn computable_within(&self, logit_rows: usize) -> usize {
+        if self.unscored.len() <= logit_rows {
+            return self.remaining();
+        }
+        self.unscored.start.max(self.computed) + logit_rows - self.computed
+    }
+
+    /// Records that the next `rows` tokens of the prompt got log probabilities.
+    pub(crate) fn score(&mut self, rows: usize) {
+        self.unscored.start += rows;
+    }
+
+    /// Whether it can use keys and values that are in the cache: tokens whose logits are wanted must be computed.
+    pub(crate) fn reads_cache(&self) -> bool {
+        self.unscored.is_empty()
     }
 
     /// Records that `tokens` more tokens were computed; returns how many tokens of the prompt are in the cache

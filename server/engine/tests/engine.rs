@@ -84,6 +84,7 @@ fn greedy_completions_are_those_of_the_script() {
         let end = RequestEvent::Finished {
             reason,
             stop_token: stop.then_some(EOS[0]),
+            stop_logprobs: None,
             prompt_tokens,
             completion_tokens: token_ids.len() + usize::from(stop),
         };
@@ -100,10 +101,12 @@ fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_
         requests.iter().map(|request| run_alone(request.clone(), 64, EngineConfig::default())).collect();
     let tiny = EngineConfig { max_step_tokens: 7, max_prefill_chunk_tokens: 3, ..Default::default() };
     let one = EngineConfig { max_prefill_chunk_tokens: 1, ..Default::default() };
+    let few_logits = EngineConfig { max_prompt_logit_rows: 4, ..Default::default() };
     // 18 blocks of 4 hold the longest request and little else: sequences are preempted again and again.
     for (blocks, config, preempts) in [
         (2000, EngineConfig::default(), false),
         (2000, tiny, false),
+        (2000, few_logits, false),
         (18, one.clone(), true),
         (60, one, true),
     ] {
@@ -148,10 +151,9 @@ fn a_request_gets_the_same_events_alone_among_64_others_after_preemption_and_in_
 
 #[test]
 fn seeds_that_requests_do_not_bring_follow_from_the_engine_s_seed() {
-    let request = |seed| Request {
-        prompt: vec![5, 6],
-        sampling: SamplingParameters { seed, ignore_eos: true, ..Default::default() },
-        constraint: None,
+    let request = |seed| {
+        let sampling = SamplingParameters { seed, ignore_eos: true, ..Default::default() };
+        Request::new(vec![5, 6], sampling)
     };
     let run = |seed| {
         let (_engine, handle) = start(runner(64), EngineConfig { seed, ..Default::default() });
@@ -163,4 +165,50 @@ fn seeds_that_requests_do_not_bring_follow_from_the_engine_s_seed() {
     assert_eq!(first, run(1));
     assert_ne!(first, run(2));
     assert_ne!(first[0], first[1]);
+}
+
+#[test]
+fn log_probabilities_of_a_prompt_are_those_that_its_tokens_have_as_a_completion() {
+    let (_engine, handle) = start(runner(64), EngineConfig::default());
+    let whole = prompt(30, 4);
+    let run = |prompt: &[u32], sampling: SamplingParameters| {
+        let request = Request::new(prompt.to_vec(), SamplingParameters { ignore_eos: true, ..sampling });
+        Stream::submit(&handle, request).expect("accepted").finish()
+    };
+    let score = SamplingParameters { max_tokens: 0, prompt_logprobs: Some(VOCABULARY), ..Default::default() };
+    let scored = run(&whole, score);
+    assert_eq!((scored.token_ids.len(), scored.reason()), (0, Some(FinishReason::Length)));
+    assert_eq!(scored.prompt_logprobs.len(), 29);
+    for (before, logprobs) in scored.prompt_logprobs.iter().enumerate() {
+        let next = whole[before + 1];
+        // A bias leaves no other choice; log probabilities are those before it.
+        let forced = SamplingParameters {
+            max_tokens: 1,
+            temperature: 0.0,
+            logit_bias: vec![(next, 100.0)],
+            logprobs: Some(VOCABULARY),
+            ..Default::default()
+        };
+        let generated = run(&whole[..=before], forced);
+        assert_eq!((generated.token_ids, generated.logprobs), (vec![next], vec![Some(logprobs.clone())]));
+        let place = logprobs.top.iter().position(|top| top.token_id == next);
+        assert_eq!(place, Some(logprobs.rank - 1));
+    }
+}
+
+#[test]
+fn a_stop_token_brings_its_log_probability_with_the_end() {
+    let (_engine, handle) = start(runner(64), EngineConfig::default());
+    let sampling = SamplingParameters {
+        temperature: 0.0,
+        logit_bias: vec![(EOS[0], 100.0)],
+        logprobs: Some(0),
+        ..Default::default()
+    };
+    let completion = Stream::submit(&handle, Request::new(vec![1], sampling)).expect("accepted").finish();
+    let RequestEvent::Finished { stop_token, stop_logprobs: Some(logprobs), .. } = completion.end else {
+        panic!("{:?}", completion.end)
+    };
+    assert_eq!((stop_token, completion.token_ids.len()), (Some(EOS[0]), 0));
+    assert!(logprobs.logprob < 0.0);
 }

@@ -47,10 +47,12 @@ fn an_abort_during_a_step_ends_the_request_with_that_step_and_without_its_token(
         let end = RequestEvent::Finished {
             reason: FinishReason::Aborted,
             stop_token: None,
+            stop_logprobs: None,
             prompt_tokens,
             completion_tokens: 0,
         };
-        assert_eq!(stream.finish(), Completion { token_ids: vec![], logprobs: vec![], end });
+        let nothing = Completion { token_ids: vec![], logprobs: vec![], prompt_logprobs: vec![], end };
+        assert_eq!(stream.finish(), nothing);
     }
     assert_eq!(handle.stats().steps, 1);
     assert_eq!(handle.stats().kv_blocks_used, 0);

@@ -25,9 +25,10 @@ fn request(seed: u64) -> Request {
         seed: Some(seed),
         ignore_eos: true,
         logprobs: Some(4),
+        prompt_logprobs: (seed % 2 == 0).then_some(3),
         ..Default::default()
     };
-    Request { prompt, sampling, constraint: None }
+    Request::new(prompt, sampling)
 }
 
 /// Runs requests together on a new engine.
@@ -61,7 +62,7 @@ fn run(
     assert_eq!(finish(submit()), completions, "with prefixes cached");
     let stats = handle.stats();
     // Prompts have at least 5 tokens, and those of 17 and more fill a block before their last token.
-    let room = blocks >= 16 && seeds.iter().any(|&seed| request(seed).prompt.len() > 16);
+    let room = blocks >= 16 && seeds.iter().any(|&seed| seed % 2 == 1 && request(seed).prompt.len() > 16);
     assert!(!room || stats.prefix_cache_hits > hits, "prefixes are found");
     drop(handle);
     assert_eq!(engine.join(), Ok(()));
@@ -80,6 +81,9 @@ fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preemp
     for (request_seed, completion) in seeds.iter().zip(&alone) {
         assert_eq!(completion.token_ids.len(), request(*request_seed).sampling.max_tokens);
         assert!(completion.logprobs.iter().flatten().all(|logprobs| logprobs.logprob.is_finite()));
+        let scored = if request_seed % 2 == 0 { request(*request_seed).prompt.len() - 1 } else { 0 };
+        assert_eq!(completion.prompt_logprobs.len(), scored);
+        assert!(completion.prompt_logprobs.iter().all(|logprobs| logprobs.logprob.is_finite()));
     }
     let tiny = EngineConfig { max_step_tokens: 19, max_prefill_chunk_tokens: 3, ..Default::default() };
     // 12 blocks of 16 tokens hold three or four of these sequences.

@@ -5,11 +5,12 @@
 //! that may block. Every sequence has a parser of its own with caches of its own, so that neither its tokens nor
 //! whether it exceeds its budget depend on others.
 
+mod cache;
 mod constraint;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::panic_utils::catch_unwind;
@@ -19,6 +20,7 @@ use nibble_engine::TokenConstraint;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
+use cache::{GrammarCache, GrammarKey, GrammarKind};
 use constraint::GrammarConstraint;
 
 /// Most bytes of a grammar, in the form it is compiled from.
@@ -71,6 +73,9 @@ pub(crate) struct Grammars {
     eos_token_ids: Vec<u32>,
     /// Made when the first grammar is compiled: it takes a part of a second and some memory.
     factory: OnceLock<Result<ParserFactory, GrammarError>>,
+    cache: Mutex<GrammarCache>,
+    #[cfg(test)]
+    compiles: std::sync::atomic::AtomicUsize,
 }
 
 impl Grammar {
@@ -119,10 +124,19 @@ impl Grammars {
     /// A compiler for the tokens of `tokenizer`, of which `eos_token_ids` end a completion; the model has logits
     /// for `vocabulary_size` tokens.
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, vocabulary_size: usize, eos_token_ids: Vec<u32>) -> Self {
-        Self { tokenizer, vocabulary_size, eos_token_ids, factory: OnceLock::new() }
+        Self {
+            tokenizer,
+            vocabulary_size,
+            eos_token_ids,
+            factory: OnceLock::new(),
+            cache: Mutex::default(),
+            #[cfg(test)]
+            compiles: 0.into(),
+        }
     }
 
-    /// A constraint that lets through exactly the texts of `grammar`, followed by an end-of-sequence token.
+    /// A constraint that lets through exactly the texts of `grammar`, followed by an end-of-sequence token. Grammars that
+    /// were used lately are not compiled again.
     ///
     /// The size of the grammar and of what it is compiled to are bounded, and with them the time.
     ///
@@ -130,8 +144,23 @@ impl Grammars {
     /// When the grammar is malformed, matches nothing, uses what is not supported, or exceeds the bounds.
     pub(crate) fn compile(&self, grammar: Grammar) -> Result<Box<dyn TokenConstraint>, GrammarError> {
         let grammar = grammar.compiled_form();
-        let bytes = grammar.lark_grammar.as_ref().map_or(0, String::len)
-            + grammar.json_schema.as_ref().map_or(0, |schema| schema.to_string().len());
+        let key = match (&grammar.json_schema, &grammar.lark_grammar) {
+            (Some(schema), _) => GrammarKey { kind: GrammarKind::JsonSchema, text: schema.to_string() },
+            (None, lark) => {
+                GrammarKey { kind: GrammarKind::Lark, text: lark.as_deref().unwrap_or_default().to_owned() }
+            }
+        };
+        if let Some(matcher) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(Box::new(GrammarConstraint::new(matcher)));
+        }
+        let matcher = self.matcher(grammar, key.text.len())?;
+        let constraint = GrammarConstraint::new(matcher.deep_clone());
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).insert(key, matcher);
+        Ok(Box::new(constraint))
+    }
+
+    /// Compiles a grammar whose text has `bytes` bytes.
+    fn matcher(&self, grammar: GrammarWithLexer, bytes: usize) -> Result<Matcher, GrammarError> {
         if bytes > MAXIMUM_GRAMMAR_BYTES {
             let message = format!("it has {bytes} bytes, expected at most {MAXIMUM_GRAMMAR_BYTES}");
             return Err(GrammarError { message });
@@ -142,6 +171,8 @@ impl Grammars {
             let message = format!("it is nested {nesting} levels deep, expected at most {MAXIMUM_NESTING}");
             return Err(GrammarError { message });
         }
+        #[cfg(test)]
+        self.compiles.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let factory = self.factory.get_or_init(|| self.factory()).as_ref().map_err(Clone::clone)?;
         let parser = catch_unwind(std::panic::AssertUnwindSafe(|| {
             factory.create_parser(TopLevelGrammar::from_grammar(grammar))
@@ -153,7 +184,7 @@ impl Grammars {
         if mask.is_zero() {
             return Err(GrammarError { message: "no text satisfies it".to_owned() });
         }
-        Ok(Box::new(GrammarConstraint::new(matcher)))
+        Ok(matcher)
     }
 
     fn factory(&self) -> Result<ParserFactory, GrammarError> {

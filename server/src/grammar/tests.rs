@@ -2,16 +2,24 @@ use nibble_engine::TokenMask;
 use nibble_model::config::ModelConfig;
 use serde_json::Value;
 
+use super::cache::{MAXIMUM_BYTES, MAXIMUM_GRAMMARS};
 use super::*;
 
 /// Tokens of several bytes, after those of one.
 const WORDS: [&str; 9] = ["{\"", "\":", "true", "null", "  ", "\"}", "ab", "12", "}\n"];
-const END: u32 = 300;
+pub(crate) const END: u32 = 300;
+/// Tokenizers number added tokens themselves; the first is the end of sequence.
+pub(crate) const ADDED: u32 = 256 + WORDS.len() as u32 + 1;
 /// The model has logits for more tokens than the tokenizer.
-const VOCABULARY: usize = 320;
+pub(crate) const VOCABULARY: usize = 320;
 
 /// A tokenizer of bytes and some words.
 fn tokenizer() -> Tokenizer {
+    tokenizer_with(&[])
+}
+
+/// A tokenizer of bytes, some words, and tokens that are `added` from [`ADDED`] on, of which none is special.
+pub(crate) fn tokenizer_with(added: &[&str]) -> Tokenizer {
     let directory = tempfile::tempdir().unwrap();
     let mut moved = 0x100;
     let mut characters = Vec::new();
@@ -28,12 +36,17 @@ fn tokenizer() -> Tokenizer {
     let bytes = characters.iter().enumerate().map(|(byte, character)| (character.to_string(), byte.into()));
     let words = WORDS.iter().enumerate().map(|(index, word)| (spell(word), (256 + index).into()));
     let vocabulary: serde_json::Map<String, Value> = bytes.chain(words).collect();
-    let end = json!({
-        "id": END, "content": "<|end|>", "special": true,
-        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-    });
+    let token = |id: u32, content: &str, special: bool| {
+        json!({
+            "id": id, "content": content, "special": special,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        })
+    };
+    let mut added: Vec<Value> = (ADDED..).zip(added).map(|(id, content)| token(id, content, false)).collect();
+    added.insert(0, token(END, "<|end|>", true));
     let tokenizer = json!({
-        "added_tokens": [end],
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     });
@@ -198,4 +211,50 @@ fn grammars_that_blow_up_cost_a_bounded_time_whether_they_are_refused_or_not() {
         let form = format!("{grammar:?}");
         assert!(started.elapsed() < std::time::Duration::from_secs(20), "{}", &form[..form.len().min(80)]);
     }
+}
+
+#[test]
+fn a_grammar_that_was_used_lately_is_not_compiled_again_and_does_the_same() {
+    let grammars = grammars();
+    let compiles = || grammars.compiles.load(std::sync::atomic::Ordering::Relaxed);
+    let schema = Grammar::JsonSchema(json!({"type": "object", "properties": {"a": {"type": "integer"}}}));
+    let mut first = grammars.compile(schema.clone()).unwrap();
+    let open = u32::from(b'{');
+    let after_first = allowed(&first.allowed_after(&[open]).unwrap());
+    let mut second = grammars.compile(schema.clone()).unwrap();
+    assert_eq!(compiles(), 1, "the second request with a schema finds it");
+    assert_eq!(allowed(&second.allowed_after(&[]).unwrap()).first(), Some(&open), "at its beginning");
+    assert_eq!(allowed(&second.allowed_after(&[open]).unwrap()), after_first);
+    // The same text in another language is another grammar.
+    grammars.compile(Grammar::Choice(vec!["a".to_owned()])).unwrap();
+    grammars.compile(Grammar::Lark("start: \"a\"".to_owned())).unwrap();
+    grammars.compile(Grammar::JsonSchema(json!("a"))).unwrap_err();
+    grammars.compile(Grammar::JsonSchema(json!("a"))).unwrap_err();
+    assert_eq!(compiles(), 4, "errors are not kept");
+}
+
+#[test]
+fn the_cache_of_grammars_is_bounded_and_keeps_those_used_last() {
+    let grammars = grammars();
+    let compiles = || grammars.compiles.load(std::sync::atomic::Ordering::Relaxed);
+    let number = |number: usize| Grammar::Lark(format!("start: \"{number}\""));
+    for at in 0..MAXIMUM_GRAMMARS {
+        grammars.compile(number(at)).unwrap();
+    }
+    grammars.compile(number(0)).unwrap();
+    grammars.compile(number(MAXIMUM_GRAMMARS)).unwrap();
+    assert_eq!(
+        (compiles(), grammars.cache.lock().unwrap().size().0),
+        (MAXIMUM_GRAMMARS + 1, MAXIMUM_GRAMMARS)
+    );
+    grammars.compile(number(0)).unwrap();
+    assert_eq!(compiles(), MAXIMUM_GRAMMARS + 1, "it was used again");
+    grammars.compile(number(1)).unwrap();
+    assert_eq!(compiles(), MAXIMUM_GRAMMARS + 2, "the one that was not went first");
+    for at in 0..6 {
+        let long = format!("// {}\nstart: \"{at}\"", "x".repeat(MAXIMUM_BYTES / 5));
+        grammars.compile(Grammar::Lark(long)).unwrap();
+        assert!(grammars.cache.lock().unwrap().size().1 <= MAXIMUM_BYTES);
+    }
+    assert_eq!(grammars.cache.lock().unwrap().size().0, 4);
 }

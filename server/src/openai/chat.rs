@@ -8,21 +8,23 @@ use axum::{Extension, Json};
 use nibble_model::tokenizer::Tokenizer;
 use uuid::Uuid;
 
+use super::blocking;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::logprobs::LogprobWriter;
 use super::types::chat::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, FunctionCall,
     FunctionDelta, ToolCall, ToolCallDelta,
 };
 use super::types::common::Usage;
-use super::{blocking, logprobs};
+use crate::answer_parser::{AnswerDelta, AnswerParser};
 use crate::app::{AppState, seconds_since_1970};
 use crate::generation::{ChoiceEvent, CompletedChoice, Generation};
 use crate::metrics::Outcome;
 use crate::observe::RequestIdentity;
 use crate::stream::{Chunks, stream};
-use crate::tools::{CallDelta, Delta, ToolCallParser};
-use crate::validation::{Delivery, ValidRequest};
+use crate::tools::CallDelta;
+use crate::validation::{Delivery, Presentation, ValidRequest};
 
 /// Answers the last message of a conversation.
 pub(crate) async fn chat_completions(
@@ -34,11 +36,13 @@ pub(crate) async fn chat_completions(
     let request = blocking(&state, move |state| ValidRequest::chat(state, request)).await?;
     let generation = Generation::start(&state, &request, identity.arrived_at)?;
     let answer = Answer {
-        id: format!("chatcmpl-{}", identity.id),
+        id: format!("chatcmpl-{}", request.id(&identity.id)),
         created: seconds_since_1970(),
         model: state.model.name.clone(),
         tokenizer: Arc::clone(&state.model.tokenizer),
-        parsers: request.tools().map(|tools| (0..generation.choices()).map(|_| tools.parser()).collect()),
+        parsers: (0..generation.choices()).map(|_| AnswerParser::new(&request)).collect(),
+        presentation: request.presentation(),
+        echo: request.prompts().iter().map(|prompt| prompt.echo.as_str()).collect(),
     };
     match request.delivery() {
         Delivery::Stream { options } => Ok(stream(generation, answer, options, state.options.keep_alive)),
@@ -55,27 +59,47 @@ struct Answer {
     created: u64,
     model: String,
     tokenizer: Arc<Tokenizer>,
-    /// What finds the calls of tools in each choice, if there are tools.
-    parsers: Option<Vec<ToolCallParser>>,
+    /// What finds thoughts and calls of tools in the text of each choice.
+    parsers: Vec<AnswerParser>,
+    presentation: Presentation,
+    /// What the content of each choice begins with.
+    echo: String,
 }
 
 impl Answer {
     fn whole(mut self, choices: Vec<CompletedChoice>, usage: Usage) -> ChatResponse {
+        let (mut prompt_logprobs, mut prompt_token_ids) = (None, None);
         let choice = |(index, choice): (usize, CompletedChoice)| {
-            let delta = self.parse(index, choice.text, true);
+            let CompletedChoice { text, prompt, tokens, finish } = choice;
+            let delta = self.parse(index, &text, true);
             let tool_calls: Vec<ToolCall> =
                 delta.calls.into_iter().map(|(_, call)| tool_call(call)).collect();
-            let content = Some(delta.content).filter(|text| tool_calls.is_empty() || !text.is_empty());
+            let content = self.echo.clone() + &delta.content;
+            let content = Some(content).filter(|text| tool_calls.is_empty() || !text.is_empty());
+            let writer = self.writer();
+            if index == 0 {
+                // All choices have the one prompt.
+                (prompt_logprobs, prompt_token_ids) = (writer.prompt(&prompt), writer.prompt_ids(&prompt));
+            }
             ChatChoice {
                 index,
-                logprobs: logprobs::chat(&self.tokenizer, &choice.tokens),
-                message: ChatMessage { role: "assistant", content, refusal: None, tool_calls },
-                finish_reason: self.finish_reason(index, choice.finish.outcome),
-                stop_reason: choice.finish.stop_reason,
+                logprobs: writer.chat(&tokens),
+                token_ids: writer.ids(&tokens),
+                message: ChatMessage {
+                    role: "assistant",
+                    content,
+                    refusal: None,
+                    reasoning: delta.reasoning.into(),
+                    tool_calls,
+                },
+                finish_reason: self.finish_reason(index, finish.outcome),
+                stop_reason: finish.stop_reason,
             }
         };
         ChatResponse {
             choices: choices.into_iter().enumerate().map(choice).collect(),
+            prompt_logprobs,
+            prompt_token_ids,
             id: self.id,
             object: "chat.completion",
             created: self.created,
@@ -84,22 +108,22 @@ impl Answer {
         }
     }
 
-    /// Content and calls of the next text of a choice, and of what was kept back if it is the `last`.
-    fn parse(&mut self, choice: usize, text: String, last: bool) -> Delta {
-        let Some(parser) = self.parsers.as_mut().and_then(|parsers| parsers.get_mut(choice)) else {
-            return Delta { content: text, calls: Vec::new() };
-        };
-        let mut delta = parser.push(&text);
-        if last {
-            delta.content.push_str(&parser.finish().content);
+    fn writer(&self) -> LogprobWriter<'_> {
+        LogprobWriter { tokenizer: &self.tokenizer, presentation: self.presentation }
+    }
+
+    /// What the next text of a choice brings, and what was kept back if it is the `last`.
+    fn parse(&mut self, choice: usize, text: &str, last: bool) -> AnswerDelta {
+        let mut delta = self.parsers[choice].push(text, last);
+        if !self.presentation.reasoning {
+            delta.reasoning.clear();
         }
         delta
     }
 
     fn finish_reason(&self, choice: usize, outcome: Outcome) -> &'static str {
-        let parser = self.parsers.as_ref().and_then(|parsers| parsers.get(choice));
         match outcome {
-            Outcome::Stop if parser.is_some_and(ToolCallParser::has_calls) => "tool_calls",
+            Outcome::Stop if self.parsers[choice].has_calls() => "tool_calls",
             outcome => outcome.name(),
         }
     }
@@ -111,6 +135,7 @@ impl Answer {
             created: self.created,
             model: self.model.clone(),
             choices,
+            prompt_token_ids: None,
             usage,
         }
     }
@@ -120,30 +145,39 @@ impl Chunks for Answer {
     type Chunk = ChatChunk;
 
     fn opening(&self, choice: usize) -> Option<ChatChunk> {
-        let content = Some(String::new());
+        let content = Some(self.echo.clone());
         let delta = ChatDelta { role: Some("assistant"), content, ..ChatDelta::default() };
-        let choice =
-            ChatChunkChoice { index: choice, delta, logprobs: None, finish_reason: None, stop_reason: None };
+        let choice = ChatChunkChoice {
+            index: choice,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+        };
         Some(self.chunk(vec![choice], None))
     }
 
     fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<ChatChunk> {
-        let ChoiceEvent { choice: index, text, tokens, finish } = event;
-        let delta = self.parse(index, text, finish.is_some());
-        let logprobs = logprobs::chat(&self.tokenizer, &tokens);
-        if delta.is_empty() && logprobs.is_none() && finish.is_none() {
+        let ChoiceEvent { choice: index, text, prompt, tokens, finish } = event;
+        let delta = self.parse(index, &text, finish.is_some());
+        let logprobs = self.writer().chat(&tokens);
+        let token_ids = self.writer().ids(&tokens);
+        if delta.is_empty() && logprobs.is_none() && token_ids.is_none() && finish.is_none() {
             return None;
         }
         let content = (!delta.content.is_empty()).then_some(delta.content);
         let tool_calls = delta.calls.into_iter().map(|(index, call)| tool_call_delta(index, call)).collect();
         let choice = ChatChunkChoice {
             index,
-            delta: ChatDelta { role: None, content, tool_calls },
+            delta: ChatDelta { role: None, content, reasoning: delta.reasoning.into(), tool_calls },
             logprobs,
             finish_reason: finish.as_ref().map(|finish| self.finish_reason(index, finish.outcome)),
             stop_reason: finish.and_then(|finish| finish.stop_reason),
+            token_ids,
         };
-        Some(self.chunk(vec![choice], usage))
+        let prompt_token_ids = self.writer().prompt_ids(&prompt);
+        Some(ChatChunk { prompt_token_ids, ..self.chunk(vec![choice], usage) })
     }
 
     fn usage(&self, usage: Usage) -> ChatChunk {

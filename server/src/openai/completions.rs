@@ -7,16 +7,17 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use nibble_model::tokenizer::Tokenizer;
 
+use super::blocking;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::logprobs::LogprobWriter;
 use super::types::common::Usage;
 use super::types::completions::{CompletionChoice, CompletionRequest, CompletionResponse};
-use super::{blocking, logprobs};
 use crate::app::{AppState, seconds_since_1970};
-use crate::generation::{ChoiceEvent, Finish, Generation, TokenOutput};
+use crate::generation::{ChoiceEvent, CompletedChoice, Generation};
 use crate::observe::RequestIdentity;
 use crate::stream::{Chunks, stream};
-use crate::validation::{Delivery, ValidRequest};
+use crate::validation::{Delivery, Presentation, ValidRequest};
 
 /// Continues one or several prompts.
 pub(crate) async fn completions(
@@ -28,18 +29,19 @@ pub(crate) async fn completions(
     let request = blocking(&state, move |state| ValidRequest::completion(state, request)).await?;
     let generation = Generation::start(&state, &request, identity.arrived_at)?;
     let answer = Answer {
-        id: format!("cmpl-{}", identity.id),
+        id: format!("cmpl-{}", request.id(&identity.id)),
         created: seconds_since_1970(),
         model: state.model.name.clone(),
         tokenizer: Arc::clone(&state.model.tokenizer),
+        presentation: request.presentation(),
     };
     match request.delivery() {
         Delivery::Stream { options } => Ok(stream(generation, answer, options, state.options.keep_alive)),
         Delivery::Whole => {
             let (choices, usage) = generation.collect().await?;
-            let choices = choices.into_iter().enumerate();
-            let choices = choices.map(|(index, choice)| {
-                answer.choice(index, choice.text, &choice.tokens, Some(choice.finish))
+            let choices = choices.into_iter().enumerate().map(|(index, choice)| {
+                let CompletedChoice { text, prompt, tokens, finish } = choice;
+                answer.choice(ChoiceEvent { choice: index, text, prompt, tokens, finish: Some(finish) })
             });
             Ok(Json(answer.response(choices.collect(), Some(usage))).into_response())
         }
@@ -52,22 +54,22 @@ struct Answer {
     created: u64,
     model: String,
     tokenizer: Arc<Tokenizer>,
+    presentation: Presentation,
 }
 
 impl Answer {
-    fn choice(
-        &self,
-        index: usize,
-        text: String,
-        tokens: &[TokenOutput],
-        finish: Option<Finish>,
-    ) -> CompletionChoice {
+    fn choice(&self, event: ChoiceEvent) -> CompletionChoice {
+        let ChoiceEvent { choice, text, prompt, tokens, finish } = event;
+        let writer = LogprobWriter { tokenizer: &self.tokenizer, presentation: self.presentation };
         CompletionChoice {
-            index,
+            index: choice,
             text,
-            logprobs: logprobs::completion(&self.tokenizer, tokens),
+            logprobs: writer.completion(&prompt, &tokens),
             finish_reason: finish.as_ref().map(|finish| finish.outcome.name()),
             stop_reason: finish.and_then(|finish| finish.stop_reason),
+            prompt_logprobs: writer.prompt(&prompt),
+            token_ids: writer.ids(&tokens),
+            prompt_token_ids: writer.prompt_ids(&prompt),
         }
     }
 
@@ -91,8 +93,7 @@ impl Chunks for Answer {
     }
 
     fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<CompletionResponse> {
-        let choice = self.choice(event.choice, event.text, &event.tokens, event.finish);
-        Some(self.response(vec![choice], usage))
+        Some(self.response(vec![self.choice(event)], usage))
     }
 
     fn usage(&self, usage: Usage) -> CompletionResponse {

@@ -76,30 +76,21 @@ impl Fields {
 fn is_neutral(name: &str, value: &Value) -> Option<bool> {
     let empty = || value.as_array().is_some_and(Vec::is_empty);
     Some(match name {
-        "tools" | "functions" | "bad_words" => empty(),
+        "tools" | "functions" => empty(),
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         "suffix" => value == "",
         "modalities" => value.as_array().is_some_and(|modes| modes.iter().all(|mode| mode == "text")),
         "best_of" => value == 1,
         "length_penalty" => value.as_f64() == Some(1.0),
-        "priority" => value == 0,
-        "spaces_between_special_tokens" | "include_reasoning" => value == true,
-        "use_beam_search"
-        | "echo"
-        | "continue_final_message"
-        | "return_token_ids"
-        | "return_tokens_as_token_ids"
-        | "web_search_options" => value == false,
-        "allowed_token_ids"
-        | "audio"
+        "max_repetition_pattern_size" | "min_repetition_pattern_size" | "repetition_min_count" => value == 0,
+        // A completion has no message to split thoughts from.
+        "include_reasoning" => value == true,
+        "use_beam_search" | "web_search_options" => value == false,
+        "audio"
         | "prediction"
         | "prompt_embeds"
-        | "prompt_logprobs"
         | "reasoning_effort"
-        | "truncate_prompt_tokens"
         | "verbosity"
-        | "chat_template"
-        | "cache_salt"
         | "mm_processor_kwargs"
         | "logits_processors"
         | "kv_transfer_params"
@@ -108,7 +99,8 @@ fn is_neutral(name: &str, value: &Value) -> Option<bool> {
         | "guided_regex"
         | "guided_choice"
         | "guided_grammar"
-        | "request_id" => false,
+        | "guided_decoding_backend"
+        | "guided_whitespace_pattern" => false,
         _ => return None,
     })
 }

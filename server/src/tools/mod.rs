@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 pub(crate) use call::CallDelta;
-pub(crate) use parser::{Delta, ToolCallParser};
+pub(crate) use parser::ToolCallParser;
 
 use crate::grammar::{Grammar, lark_json, lark_string};
 use crate::openai::error::ApiError;

@@ -50,13 +50,6 @@ pub(crate) struct Delta {
     pub(crate) calls: Vec<(usize, CallDelta)>,
 }
 
-impl Delta {
-    /// Whether it brings nothing.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.content.is_empty() && self.calls.is_empty()
-    }
-}
-
 impl ToolCallParser {
     /// A parser at the beginning of an answer to a request with these `functions`. Without `parallel`, calls after
     /// the first are dropped.

@@ -2,6 +2,7 @@ use nibble_model::chat_template::ChatTemplate;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::parser::Delta;
 use super::*;
 
 /// Content and calls, as name and arguments, of a text that comes in pieces.
@@ -164,7 +165,7 @@ fn without_parallel_calls_the_first_one_counts() {
 #[test]
 fn the_name_comes_first_and_arguments_as_they_are_written() {
     let mut parser = parser(ToolCallFormat::Hermes);
-    assert!(parser.push("<tool_call>\n{\"name\": \"").is_empty());
+    assert_eq!(parser.push("<tool_call>\n{\"name\": \""), Delta::default());
     let call = |name: Option<&str>, arguments: &str| Delta {
         content: String::new(),
         calls: vec![(0, CallDelta { name: name.map(str::to_owned), arguments: arguments.to_owned() })],
@@ -172,7 +173,7 @@ fn the_name_comes_first_and_arguments_as_they_are_written() {
     assert_eq!(parser.push("f\""), call(Some("f"), ""));
     assert_eq!(parser.push(", \"arguments\": {\"a"), call(None, "{\"a"));
     assert_eq!(parser.push("\": 1}}"), call(None, "\": 1}"));
-    assert!(parser.push("</tool_call>").is_empty() && parser.finish().is_empty());
+    assert_eq!((parser.push("</tool_call>"), parser.finish()), (Delta::default(), Delta::default()));
 }
 
 /// Pieces of texts that are calls, nearly calls, and other things.

@@ -2,7 +2,9 @@
 
 mod answers;
 mod anything;
+mod chats;
 mod hang_up;
+mod prompts;
 mod refusals;
 mod service;
 mod streams;

@@ -86,7 +86,41 @@ async fn a_wrong_field_is_refused_by_name() {
             "response_format.json_schema.schema",
             value,
         ),
-        (CHAT, "echo", json!(true), "echo", unsupported),
+        (CHAT, "functions", json!([{"name": "f"}]), "functions", unsupported),
+        (CHAT, "function_call", json!({"name": "f"}), "function_call", unsupported),
+        (CHAT, "use_beam_search", json!(true), "use_beam_search", unsupported),
+        (CHAT, "length_penalty", json!(0.5), "length_penalty", unsupported),
+        (CHAT, "mm_processor_kwargs", json!({}), "mm_processor_kwargs", unsupported),
+        (CHAT, "logits_processors", json!(["x"]), "logits_processors", unsupported),
+        (CHAT, "kv_transfer_params", json!({}), "kv_transfer_params", unsupported),
+        (CHAT, "vllm_xargs", json!({"a": 1}), "vllm_xargs", unsupported),
+        (CHAT, "repetition_min_count", json!(3), "repetition_min_count", unsupported),
+        (CHAT, "chat_template", json!("{{ 1 }}"), "chat_template", value),
+        (
+            CHAT,
+            "chat_template_kwargs",
+            json!({"chat_template": "x"}),
+            "chat_template_kwargs.chat_template",
+            value,
+        ),
+        (CHAT, "continue_final_message", json!(1), "continue_final_message", value),
+        (CHAT, "reasoning_effort", json!("much"), "reasoning_effort", value),
+        (CHAT, "include_reasoning", json!("no"), "include_reasoning", value),
+        (CHAT, "allowed_token_ids", json!([]), "allowed_token_ids", value),
+        (CHAT, "allowed_token_ids", json!([257]), "allowed_token_ids", value),
+        (CHAT, "bad_words", json!([""]), "bad_words[0]", value),
+        (CHAT, "bad_words", json!(vec!["x"; 257]), "bad_words", value),
+        (CHAT, "prompt_logprobs", json!(21), "prompt_logprobs", value),
+        (CHAT, "prompt_logprobs", json!(-2), "prompt_logprobs", value),
+        (CHAT, "truncate_prompt_tokens", json!(0), "truncate_prompt_tokens", value),
+        (CHAT, "truncate_prompt_tokens", json!(257), "truncate_prompt_tokens", value),
+        (CHAT, "request_id", json!(""), "request_id", value),
+        (CHAT, "cache_salt", json!(""), "cache_salt", value),
+        (CHAT, "priority", json!(2_147_483_648_u64), "priority", value),
+        (CHAT, "return_token_ids", json!(1), "return_token_ids", value),
+        (CHAT, "spaces_between_special_tokens", json!(1), "spaces_between_special_tokens", value),
+        (COMPLETIONS, "include_reasoning", json!(false), "include_reasoning", unsupported),
+        (COMPLETIONS, "prompt_embeds", json!("x"), "prompt_embeds", unsupported),
         (CHAT, "temprature", json!(1), "temprature", "unknown_parameter"),
         (COMPLETIONS, "prompt", json!(""), "prompt", value),
         (COMPLETIONS, "prompt", json!([]), "prompt", value),
@@ -119,10 +153,21 @@ async fn a_wrong_field_is_refused_by_name() {
 }
 
 #[tokio::test]
-async fn echo_with_logprobs_is_refused() {
-    let (status, body) =
-        Server::new().post(COMPLETIONS, json!({"prompt": "a", "echo": true, "logprobs": 1})).await;
-    assert_eq!((status.as_u16(), &body["error"]["param"]), (400, &json!("echo")));
+async fn log_probabilities_of_prompts_are_not_streamed_and_bounded() {
+    let server = Server::new();
+    let message = json!([{"role": "user", "content": "a"}]);
+    for (path, body) in [
+        (COMPLETIONS, json!({"prompt": "a", "stream": true, "prompt_logprobs": 1})),
+        (CHAT, json!({"messages": message, "stream": true, "prompt_logprobs": 0})),
+        (COMPLETIONS, json!({"prompt": "a".repeat(200), "prompt_logprobs": -1, "n": 40})),
+    ] {
+        let (status, answer) = server.post(path, body).await;
+        assert_eq!(
+            (status.as_u16(), &answer["error"]["param"]),
+            (400, &json!("prompt_logprobs")),
+            "{answer}"
+        );
+    }
 }
 
 #[tokio::test]

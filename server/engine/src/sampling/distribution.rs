@@ -83,6 +83,14 @@ impl<'a> Distribution<'a> {
         f64::from(self.maximum) + self.kept_weight(None).ln()
     }
 
+    /// Place of `token` in the order of tokens, from 1.
+    pub(crate) fn rank(&self, token: usize) -> usize {
+        let value = self.values[token];
+        let larger = self.values.iter().filter(|&&other| other > value).count();
+        let equal_before = self.values[..token].iter().filter(|&&other| other == value).count();
+        1 + larger + equal_before
+    }
+
     /// The `count` most likely tokens, most likely first.
     pub(crate) fn most_likely(&mut self, count: usize) -> &[Candidate] {
         self.collect_most_likely(count);

@@ -11,7 +11,7 @@ mod tests;
 pub(crate) use parameters::in_vocabulary;
 pub use parameters::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
 use sampler::Scratch;
-pub(crate) use sampler::{SampledToken, SamplingError, SamplingRow};
+pub(crate) use sampler::{LogitRow, NextToken, SamplingError, SamplingRow};
 
 /// Logits for which it pays to start one more thread: sampling from them takes about a millisecond, starting a
 /// thread some tens of microseconds.
@@ -30,13 +30,13 @@ impl Sampler {
         Self { scratches: (0..threads.max(1)).map(|_| Scratch::default()).collect() }
     }
 
-    /// The next token of each row, in the order of the rows.
-    pub(crate) fn sample(&mut self, rows: &[SamplingRow<'_>]) -> Vec<Result<SampledToken, SamplingError>> {
-        let logits = rows.iter().map(|row| row.logits.len()).sum::<usize>();
+    /// The token that follows each row, in the order of the rows.
+    pub(crate) fn sample(&mut self, rows: &[LogitRow<'_>]) -> Vec<Result<NextToken, SamplingError>> {
+        let logits = rows.iter().map(|row| row.logits().len()).sum::<usize>();
         let threads = (logits / LOGITS_PER_THREAD).clamp(1, self.scratches.len());
         let share = rows.len().div_ceil(threads).max(1);
-        let sample_share = |(rows, scratch): (&[SamplingRow<'_>], &mut Scratch)| {
-            rows.iter().map(|row| scratch.sample(row)).collect::<Vec<_>>()
+        let sample_share = |(rows, scratch): (&[LogitRow<'_>], &mut Scratch)| {
+            rows.iter().map(|row| scratch.run(row)).collect::<Vec<_>>()
         };
         let mut shares = rows.chunks(share).zip(&mut self.scratches);
         let Some(own) = shares.next() else { return Vec::new() };

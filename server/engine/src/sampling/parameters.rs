@@ -4,7 +4,7 @@
 /// distribution and generates 16 tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParameters {
-    /// Most tokens to generate, at least 1.
+    /// Most tokens to generate; 0 only with `prompt_logprobs`, when nothing else is wanted.
     pub max_tokens: usize,
     /// End-of-sequence and stop tokens are not sampled before this many tokens were generated.
     pub min_tokens: usize,
@@ -25,6 +25,11 @@ pub struct SamplingParameters {
     pub presence_penalty: f32,
     /// Added to the logits of single tokens before anything else.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Sample only these tokens; all if absent.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Words as sequences of tokens, none of them empty: the last token of one is never sampled where the others are
+    /// the end of the completion.
+    pub bad_words: Vec<Vec<u32>>,
     /// Makes the completion reproducible; the engine picks one if absent.
     pub seed: Option<u64>,
     /// Tokens that end the sequence, besides the model's end-of-sequence tokens.
@@ -33,6 +38,9 @@ pub struct SamplingParameters {
     pub ignore_eos: bool,
     /// Report the log probability of each token, and of this many most likely tokens.
     pub logprobs: Option<usize>,
+    /// Report the log probability of each token of the prompt but the first, and of this many most likely tokens in
+    /// its place.
+    pub prompt_logprobs: Option<usize>,
 }
 
 impl Default for SamplingParameters {
@@ -48,10 +56,13 @@ impl Default for SamplingParameters {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
             seed: None,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
         }
     }
 }
@@ -78,11 +89,13 @@ pub struct TokenLogprob {
     pub logprob: f32,
 }
 
-/// Log probabilities at one position of a completion.
+/// Log probabilities at one position of a sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
-    /// Natural logarithm of the sampled token's probability under the model's own distribution.
+    /// Natural logarithm of the probability of the token that is there under the model's own distribution.
     pub logprob: f32,
+    /// Place of that token in the order of all tokens, from 1: most likely first, the lower id first among equals.
+    pub rank: usize,
     /// The most likely tokens, as many as asked for, most likely first (the lower id first among equals).
     pub top: Vec<TokenLogprob>,
 }
@@ -92,9 +105,11 @@ impl SamplingParameters {
     ///
     /// # Errors
     /// The first parameter outside its range: a number that is not finite, a token id that is not below
-    /// `vocabulary_size`, `max_tokens` or `top_k` of 0, or a value outside the range in its description.
+    /// `vocabulary_size`, `max_tokens` or `top_k` of 0, an empty list of allowed tokens or an empty bad word, or a value outside the range in its description.
     pub fn check(&self, vocabulary_size: usize) -> Result<(), InvalidParameter> {
-        at_least_one("max_tokens", self.max_tokens)?;
+        if self.prompt_logprobs.is_none() {
+            at_least_one("max_tokens", self.max_tokens)?;
+        }
         at_least_one("top_k", self.top_k.unwrap_or(1))?;
         in_range("temperature", self.temperature, self.temperature >= 0.0, "a number of at least 0")?;
         in_range("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1")?;
@@ -107,17 +122,24 @@ impl SamplingParameters {
             in_vocabulary("logit_bias", token_id, vocabulary_size)?;
             in_range("logit_bias", bias, true, "finite numbers")?;
         }
-        for &token_id in &self.stop_token_ids {
-            in_vocabulary("stop_token_ids", token_id, vocabulary_size)?;
+        let allowed = self.allowed_token_ids.as_deref();
+        not_empty("allowed_token_ids", allowed.is_some_and(<[u32]>::is_empty))?;
+        for (parameter, token_ids) in
+            [("stop_token_ids", &self.stop_token_ids[..]), ("allowed_token_ids", allowed.unwrap_or_default())]
+        {
+            token_ids.iter().try_for_each(|&token_id| in_vocabulary(parameter, token_id, vocabulary_size))?;
         }
-        match self.logprobs {
-            Some(logprobs) if logprobs > vocabulary_size => Err(InvalidParameter {
-                parameter: "logprobs",
-                found: logprobs.to_string(),
-                expected: format!("at most the vocabulary size, {vocabulary_size}"),
-            }),
-            _ => Ok(()),
+        for word in &self.bad_words {
+            not_empty("bad_words", word.is_empty())?;
+            word.iter().try_for_each(|&token_id| in_vocabulary("bad_words", token_id, vocabulary_size))?;
         }
+        for (parameter, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if let Some(count) = count.filter(|&count| count > vocabulary_size) {
+                let expected = format!("at most the vocabulary size, {vocabulary_size}");
+                return Err(InvalidParameter { parameter, found: count.to_string(), expected });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -142,6 +164,13 @@ fn at_least_one(parameter: &'static str, value: usize) -> Result<(), InvalidPara
         return Ok(());
     }
     Err(InvalidParameter { parameter, found: value.to_string(), expected: "at least 1".to_owned() })
+}
+
+fn not_empty(parameter: &'static str, is_empty: bool) -> Result<(), InvalidParameter> {
+    if !is_empty {
+        return Ok(());
+    }
+    Err(InvalidParameter { parameter, found: "empty".to_owned(), expected: "at least one token".to_owned() })
 }
 
 fn in_range(

@@ -1,6 +1,6 @@
 //! One token from one row of logits: a pure function of the row, the request and its history.
 //!
-//! The order is vLLM's: tokens that the constraint does not allow masked; logit_bias; repetition, frequency and
+//! The order is vLLM's: tokens masked that allowed_token_ids, the constraint or bad_words do not allow; logit_bias; repetition, frequency and
 //! presence penalty; end-of-sequence and stop tokens masked before `min_tokens`, unless the constraint allows
 //! nothing else; then at temperature 0 the largest logit, else division by the
 //! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
@@ -10,6 +10,15 @@ use super::distribution::{Candidate, Distribution, Workspace};
 use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
 use crate::constraint::{ConstraintError, TokenMask};
 use crate::sequence::Sequence;
+
+/// A row of logits, and what is wanted of it.
+#[derive(Clone, Copy)]
+pub(crate) enum LogitRow<'a> {
+    /// The next token.
+    Sample(SamplingRow<'a>),
+    /// Log probabilities of a token that is known, and of the `top` most likely ones.
+    Score { logits: &'a [f32], token_id: u32, top: usize },
+}
 
 /// What the token of one row depends on.
 #[derive(Clone, Copy)]
@@ -41,9 +50,19 @@ impl<'a> SamplingRow<'a> {
     }
 }
 
-/// A sampled token.
+impl LogitRow<'_> {
+    /// The model's logits, one for each token of the vocabulary.
+    pub(crate) fn logits(&self) -> &[f32] {
+        match self {
+            Self::Sample(row) => row.logits,
+            Self::Score { logits, .. } => logits,
+        }
+    }
+}
+
+/// The token that follows a row.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct SampledToken {
+pub(crate) struct NextToken {
     pub(crate) token_id: u32,
     /// If the request asked for them.
     pub(crate) logprobs: Option<TokenLogprobs>,
@@ -59,8 +78,8 @@ pub(crate) enum SamplingError {
     )]
     NotFinite,
     #[error(
-        "logit_bias, penalties or min_tokens leave no finite logit to sample from, expected at least one token; \
-         weaken them"
+        "allowed_token_ids, bad_words, logit_bias, penalties, min_tokens and the structured output together leave no \
+         token to sample, expected at least one; weaken them"
     )]
     NothingLeft,
 }
@@ -79,8 +98,19 @@ pub(crate) struct Scratch {
 const IN_PROMPT: u32 = 1 << 31;
 
 impl Scratch {
+    /// Does what is wanted of a row.
+    pub(crate) fn run(&mut self, row: &LogitRow<'_>) -> Result<NextToken, SamplingError> {
+        match *row {
+            LogitRow::Sample(ref row) => self.sample(row),
+            LogitRow::Score { logits, token_id, top } => {
+                let logprobs = logprobs(logits, token_id as usize, top, &mut self.workspace)?;
+                Ok(NextToken { token_id, logprobs: Some(logprobs) })
+            }
+        }
+    }
+
     /// Samples the next token of `row`.
-    pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<SampledToken, SamplingError> {
+    pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<NextToken, SamplingError> {
         let allowed = row.allowed.map(Result::as_ref).transpose();
         let adjusts = self.adjust(row, allowed.map_err(|error| SamplingError::Constraint(error.clone()))?);
         let Self { adjusted, workspace, .. } = self;
@@ -94,7 +124,7 @@ impl Scratch {
             Some(top) => Some(logprobs(row.logits, token, top, workspace)?),
             None => None,
         };
-        Ok(SampledToken { token_id: token as u32, logprobs })
+        Ok(NextToken { token_id: token as u32, logprobs })
     }
 
     /// Writes the logits with masks, bias and penalties to `adjusted`; false if there are none.
@@ -105,11 +135,28 @@ impl Scratch {
             && allowed.is_none_or(|allowed| allowed.allows_others_than(row.stop_tokens));
         let repeats = parameters.repetition_penalty != 1.0;
         let counts = parameters.frequency_penalty != 0.0 || parameters.presence_penalty != 0.0;
-        if allowed.is_none() && !masks && !repeats && !counts && parameters.logit_bias.is_empty() {
+        let bans = !parameters.bad_words.is_empty();
+        let biases = !parameters.logit_bias.is_empty();
+        let allowed_tokens = parameters.allowed_token_ids.as_ref();
+        if allowed.is_none() && allowed_tokens.is_none() && !(masks || repeats || counts || bans || biases) {
             return false;
         }
         self.adjusted.clear();
-        self.adjusted.extend_from_slice(row.logits);
+        if let Some(allowed_tokens) = allowed_tokens {
+            self.adjusted.resize(row.logits.len(), f32::NEG_INFINITY);
+            for &token in allowed_tokens {
+                self.adjusted[token as usize] = row.logits[token as usize];
+            }
+        } else {
+            self.adjusted.extend_from_slice(row.logits);
+        }
+        for word in &parameters.bad_words {
+            if let Some((&last, before)) = word.split_last()
+                && row.completion.ends_with(before)
+            {
+                self.adjusted[last as usize] = f32::NEG_INFINITY;
+            }
+        }
         if let Some(allowed) = allowed {
             allowed.apply(&mut self.adjusted);
         }
@@ -184,7 +231,8 @@ fn logprobs(
     let mut distribution = Distribution::new(logits, 1.0, workspace).ok_or(SamplingError::NotFinite)?;
     let normalizer = distribution.log_normalizer();
     let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let rank = distribution.rank(token);
     let top = distribution.most_likely(top).iter();
     let top = top.map(|top| TokenLogprob { token_id: top.token, logprob: logprob(top.value) }).collect();
-    Ok(TokenLogprobs { logprob: logprob(logits[token]), top })
+    Ok(TokenLogprobs { logprob: logprob(logits[token]), rank, top })
 }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use proptest::prelude::{Strategy, any, prop, proptest};
+use proptest::prelude::{Strategy, any, prop, prop_oneof, proptest};
 
 use super::distribution::{Distribution, Workspace};
-use super::sampler::{SampledToken, SamplingError, SamplingRow, Scratch};
+use super::sampler::{LogitRow, NextToken, SamplingError, SamplingRow, Scratch};
 use super::{Sampler, SamplingParameters, random};
 use crate::constraint::TokenMask;
 
@@ -54,6 +54,15 @@ fn adjusted(row: &SamplingRow<'_>) -> Vec<f64> {
     if row.completion.len() < parameters.min_tokens {
         for &token in row.stop_tokens {
             logits[token as usize] = f64::NEG_INFINITY;
+        }
+    }
+    for (token, logit) in logits.iter_mut().enumerate() {
+        let token = token as u32;
+        let is_allowed = parameters.allowed_token_ids.as_ref().is_none_or(|allowed| allowed.contains(&token));
+        let with_it = [row.completion, &[token]].concat();
+        let ends_a_bad_word = parameters.bad_words.iter().any(|word| with_it.ends_with(word));
+        if !is_allowed || ends_a_bad_word {
+            *logit = f64::NEG_INFINITY;
         }
     }
     logits
@@ -115,23 +124,31 @@ fn parameters() -> impl Strategy<Value = SamplingParameters> {
     let penalties = (0.5f32..2.0, -1.0f32..1.0, -1.0f32..1.0, 0..4usize);
     let switches = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let bias = prop::collection::vec((0..300u32, -3.0f32..3.0), 0..3);
-    (filters, penalties, switches, bias).prop_map(|(filters, penalties, switches, logit_bias)| {
-        let (temperature, top_p, all, top_k, min_p) = filters;
-        let (repetition_penalty, frequency_penalty, presence_penalty, min_tokens) = penalties;
-        let (repeats, counts, filters_small, biased) = switches;
-        SamplingParameters {
-            temperature,
-            top_p: if all { 1.0 } else { top_p },
-            top_k,
-            min_p: if filters_small { min_p } else { 0.0 },
-            repetition_penalty: if repeats { repetition_penalty } else { 1.0 },
-            frequency_penalty: if counts { frequency_penalty } else { 0.0 },
-            presence_penalty: if counts { presence_penalty } else { 0.0 },
-            min_tokens,
-            logit_bias: if biased { logit_bias } else { Vec::new() },
-            ..Default::default()
-        }
-    })
+    let allowed = prop::option::of(prop::collection::vec(0..300u32, 1..40));
+    // Few distinct tokens in words and completions: beginnings of words occur.
+    let bad_words = prop::collection::vec(prop::collection::vec(0..12u32, 1..4), 0..30);
+    let masks = (allowed, bad_words);
+    (filters, penalties, switches, bias, masks).prop_map(
+        |(filters, penalties, switches, logit_bias, masks)| {
+            let (temperature, top_p, all, top_k, min_p) = filters;
+            let (repetition_penalty, frequency_penalty, presence_penalty, min_tokens) = penalties;
+            let (repeats, counts, filters_small, biased) = switches;
+            SamplingParameters {
+                temperature,
+                top_p: if all { 1.0 } else { top_p },
+                top_k,
+                min_p: if filters_small { min_p } else { 0.0 },
+                repetition_penalty: if repeats { repetition_penalty } else { 1.0 },
+                frequency_penalty: if counts { frequency_penalty } else { 0.0 },
+                presence_penalty: if counts { presence_penalty } else { 0.0 },
+                min_tokens,
+                logit_bias: if biased { logit_bias } else { Vec::new() },
+                allowed_token_ids: masks.0,
+                bad_words: masks.1,
+                ..Default::default()
+            }
+        },
+    )
 }
 
 proptest! {
@@ -140,7 +157,7 @@ proptest! {
         parameters in parameters(),
         (seed, count, spread) in (0..1_000_000u64, 300..3000usize, 0.0f64..6.0),
         prompt in prop::collection::vec(0..300u32, 1..20),
-        completion in prop::collection::vec(0..300u32, 0..20),
+        completion in prop::collection::vec(prop_oneof![0..300u32, 0..12u32], 0..20),
     ) {
         let logits = logits(count, seed, spread);
         let row = SamplingRow {
@@ -152,6 +169,10 @@ proptest! {
             stop_tokens: &[3, 9],
             allowed: None,
         };
+        if adjusted(&row).iter().all(|logit| *logit == f64::NEG_INFINITY) {
+            assert_eq!(Scratch::default().sample(&row), Err(SamplingError::NothingLeft));
+            return Ok(());
+        }
         if let Some(expected) = expected(&row) {
             assert_eq!(sample(&row), expected);
         }
@@ -176,6 +197,9 @@ proptest! {
         assert_eq!(distribution.most_likely_token(), tokens[0] as usize);
         let found: Vec<u32> = distribution.most_likely(count).iter().map(|found| found.token).collect();
         assert_eq!(found, tokens[..count.min(tokens.len())]);
+        for (place, &token) in tokens.iter().enumerate().step_by(7) {
+            assert_eq!(distribution.rank(token as usize), place + 1);
+        }
         let cut = (count > 0).then(|| distribution.top_k_cut(count)).flatten();
         let last = if count < tokens.len() && count > 0 { Some(tokens[count - 1]) } else { None };
         assert_eq!(cut.map(|cut| cut.token), last);
@@ -276,6 +300,7 @@ fn logprobs_are_the_model_s_own_whatever_the_sampling_changes() {
             (f64::from(found) - (f64::from(logits[token]) - normalizer)).abs() < 1e-5
         };
         assert!(close(logprobs.logprob, sampled.token_id as usize));
+        assert_eq!(tokens[logprobs.rank - 1], sampled.token_id as usize);
         let top: Vec<usize> = logprobs.top.iter().map(|top| top.token_id as usize).collect();
         assert_eq!(top, tokens[..7]);
         assert!(logprobs.top.iter().all(|top| close(top.logprob, top.token_id as usize)));
@@ -288,7 +313,7 @@ fn logprobs_are_the_model_s_own_whatever_the_sampling_changes() {
     assert_eq!(all.logprobs.map(|logprobs| logprobs.top.len()), Some(logits.len()));
     parameters.logprobs = None;
     let absent = Scratch::default().sample(&row(&logits, &parameters)).expect("a token");
-    assert_eq!(absent, SampledToken { token_id: none.token_id, logprobs: None });
+    assert_eq!(absent, NextToken { token_id: none.token_id, logprobs: None });
 }
 
 #[test]
@@ -320,6 +345,26 @@ fn a_constraint_comes_before_everything_and_its_end_before_min_tokens() {
         sample(&SamplingRow { stop_tokens: &[3], allowed: Some(&allowed), ..row(&logits, &parameters) })
     };
     assert_eq!([with(0b1111), with(0b0110), with(0b1100), with(0b1000)], [0, 1, 2, 3]);
+}
+
+#[test]
+fn what_is_allowed_banned_constrained_and_too_early_leaves_what_all_of_them_leave() {
+    let logits = [5.0, 4.0, 3.0, 2.0, 1.0];
+    let parameters = SamplingParameters {
+        temperature: 0.0,
+        min_tokens: 1,
+        allowed_token_ids: Some(vec![0, 1, 2, 3]),
+        bad_words: vec![vec![1], vec![7, 3], vec![8, 2]],
+        logit_bias: vec![(1, 90.0), (4, 90.0)],
+        ..Default::default()
+    };
+    let allowed = Ok(TokenMask::from_words(vec![0b11110]));
+    let row = SamplingRow { stop_tokens: &[0], allowed: Some(&allowed), ..row(&logits, &parameters) };
+    assert_eq!(sample(&row), 2, "0 is too early, 1 is banned, 4 is not among those allowed");
+    assert_eq!(sample(&SamplingRow { completion: &[8], ..row }), 3, "2 would end a bad word");
+    let nothing = Ok(TokenMask::from_words(vec![0b10010]));
+    let row = SamplingRow { allowed: Some(&nothing), ..row };
+    assert_eq!(Scratch::default().sample(&row), Err(SamplingError::NothingLeft));
 }
 
 #[test]
@@ -358,7 +403,11 @@ fn rows_give_the_same_tokens_on_any_number_of_threads() {
         })
         .collect();
     assert!(rows.len() * 30_000 > 3 * super::LOGITS_PER_THREAD);
-    let alone: Vec<_> = rows.iter().map(|row| Scratch::default().sample(row)).collect();
+    let rows: Vec<LogitRow<'_>> = rows
+        .into_iter()
+        .flat_map(|row| [LogitRow::Sample(row), LogitRow::Score { logits: row.logits, token_id: 77, top: 3 }])
+        .collect();
+    let alone: Vec<_> = rows.iter().map(|row| Scratch::default().run(row)).collect();
     for threads in [0, 1, 3, 64] {
         assert_eq!(Sampler::new(threads).sample(&rows), alone);
     }

@@ -113,13 +113,16 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
         let written = &sequence.blocks[rows.first_position / block_size..end.div_ceil(block_size)];
         assert!(written.iter().all(|&block| pool.holders(block) == 1), "no shared block is written to");
         assert_eq!(planned.samples, end == sequence.tokens().len(), "the last known token is sampled from");
-        if planned.samples {
-            logit_rows.push(next_row - 1);
+        logit_rows.extend(next_row - planned.logits..next_row);
+        if sequence.sampling.prompt_logprobs.is_none() {
+            assert_eq!(planned.scored(), 0, "logits of a prompt are computed for who asks");
         }
     }
     assert_eq!(next_row, batch.token_ids.len(), "sequences cover all rows");
     assert_eq!(next_row, batch.positions.len(), "every row has a position");
-    assert_eq!(logit_rows, batch.logit_rows, "logits are wanted where a token is sampled");
+    assert_eq!(logit_rows, batch.logit_rows, "logits are wanted of the last rows of each entry");
+    let scored: usize = plan.entries.iter().map(|planned| planned.scored()).sum();
+    assert!(scored <= config.max_prompt_logit_rows, "logits of prompts are within their budget");
     for (sequence, times) in running.iter().zip(planned_times) {
         assert!(times <= 1, "a sequence is planned once");
         assert!(times == 1 || sequence.remaining() > 1, "a decoding sequence is in every step");

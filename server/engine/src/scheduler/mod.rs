@@ -8,16 +8,19 @@
 //! 1. *Decode first*: every running sequence with one token to compute gets it, oldest first. If it needs a
 //!    block and none is free, the **youngest** running sequence is preempted: its blocks are freed at once, it
 //!    goes back to the head of the queue, and will compute its tokens again. It may be the needy one itself.
-//! 2. *Prefill*: running sequences with more to compute get chunks of it, oldest first.
+//! 2. *Prefill*: running sequences with more to compute get chunks of it, oldest first. Rows whose logits are
+//!    wanted for log probabilities of a prompt have a budget of their own, `max_prompt_logit_rows`, which cuts chunks:
+//!    so a step never has more than that and one for each running sequence.
 //! 3. *Admission*: sequences enter from the head of the queue, strictly in the order of arrival, each with
 //!    blocks for all tokens it knows, so that a prefill never waits for a block; one more block for each
 //!    running sequence must stay free, so that the newcomer is not preempted at once. Full blocks of the
-//!    sequence's prefix that the cache has already are shared, not computed.
+//!    sequence's prefix that the cache has already are shared, not computed, unless log probabilities of its prompt
+//!    are wanted.
 //!
 //! Why nothing starves: every running sequence is older than every waiting one (admission takes the oldest,
 //! preemption the youngest), so the oldest of all runs, is never preempted (alone it fits the cache: `submit`
 //! demands it) and computes at least a token in every step: no more than `max_step_tokens` sequences run, so
-//! decoding ones always leave a token to the oldest prefill.
+//! decoding ones always leave a token to the oldest prefill, which has the first of the logit rows, too.
 //!
 //! Blocks go back when a sequence ends in `complete`, or in `schedule` and `abort` if no step is in flight:
 //! never while a step that may write to them is.
@@ -42,6 +45,14 @@ use crate::runner::RunnerLimits;
 use crate::sampling::random;
 use crate::sequence::{Sequence, SequenceState};
 use crate::stats::EngineStats;
+
+/// What is left of a step for prefills.
+#[derive(Clone, Copy)]
+struct Budget {
+    tokens: usize,
+    /// Rows with logits for log probabilities of prompts.
+    prompt_logit_rows: usize,
+}
 
 /// The state machine; see the [module](self).
 pub(crate) struct Scheduler {
@@ -102,7 +113,7 @@ impl Scheduler {
     pub(crate) fn abort(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
         if let Ok(index) = self.waiting.binary_search_by_key(&id, |sequence| sequence.id) {
             let sequence = self.waiting.remove(index);
-            effects.extend(sequence.map(|sequence| finish(&sequence, FinishReason::Aborted)));
+            effects.extend(sequence.map(|sequence| finish(&sequence, FinishReason::Aborted, None)));
             self.counters.finished.aborted += 1;
         } else if let Ok(index) = self.running.binary_search_by_key(&id, |sequence| sequence.id) {
             if let Some(after) = self.in_flight {
@@ -110,7 +121,7 @@ impl Scheduler {
             } else {
                 let mut sequence = self.running.remove(index);
                 sequence.release(&mut self.pool);
-                effects.push(finish(&sequence, FinishReason::Aborted));
+                effects.push(finish(&sequence, FinishReason::Aborted, None));
                 self.counters.finished.aborted += 1;
             }
         }
@@ -124,7 +135,10 @@ impl Scheduler {
         assert!(self.in_flight.is_none(), "at most one step is in flight");
         let mut plan = std::mem::take(&mut self.spare_plan);
         plan.clear(self.next_step);
-        let mut budget = self.config.max_step_tokens;
+        let mut budget = Budget {
+            tokens: self.config.max_step_tokens,
+            prompt_logit_rows: self.config.max_prompt_logit_rows,
+        };
         self.plan_decodes(&mut plan, &mut budget);
         self.plan_prefills(&mut plan, &mut budget);
         self.admit(now, &mut plan, &mut budget);
@@ -137,12 +151,12 @@ impl Scheduler {
         Some(plan)
     }
 
-    fn plan_decodes(&mut self, plan: &mut StepPlan, budget: &mut usize) {
+    fn plan_decodes(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
         let mut index = 0;
         while index < self.running.len() {
             if self.running[index].remaining() == 1 && self.has_room_for_one(index) {
                 plan.push(index, &self.running[index], 1);
-                *budget -= 1;
+                budget.tokens -= 1;
             }
             index += 1;
         }
@@ -174,23 +188,24 @@ impl Scheduler {
         }
     }
 
-    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut usize) {
+    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
         for (index, sequence) in self.running.iter().enumerate() {
             // Those with one token had it as a decode.
-            if sequence.remaining() > 1 && *budget > 0 {
-                let tokens = sequence.remaining().min(self.config.max_prefill_chunk_tokens).min(*budget);
-                plan.push(index, sequence, tokens);
-                *budget -= tokens;
+            if sequence.remaining() > 1 {
+                plan_chunk(plan, index, sequence, self.config.max_prefill_chunk_tokens, budget);
             }
         }
     }
 
-    fn admit(&mut self, now: Duration, plan: &mut StepPlan, budget: &mut usize) {
+    fn admit(&mut self, now: Duration, plan: &mut StepPlan, budget: &mut Budget) {
         let most_running = self.config.max_running_sequences.min(self.config.max_step_tokens);
-        while *budget > 0 && self.running.len() < most_running {
+        while budget.tokens > 0 && self.running.len() < most_running {
             let Some(next) = self.waiting.front() else { return };
+            if next.computable_within(budget.prompt_logit_rows) == 0 {
+                return;
+            }
             self.cached_prefix.clear();
-            if self.config.prefix_caching {
+            if self.config.prefix_caching && next.reads_cache() {
                 // The last token is computed in any case: its logits are wanted.
                 let known = &next.tokens()[..next.tokens().len() - 1];
                 self.cached_prefix.extend(self.pool.cached_prefix(known));
@@ -202,16 +217,17 @@ impl Scheduler {
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
             sequence.occupy(&self.cached_prefix, &mut self.pool);
-            self.counters.prefix_cache_queries += sequence.tokens().len() as u64;
-            self.counters.prefix_cache_hits += sequence.computed as u64;
+            if sequence.reads_cache() {
+                self.counters.prefix_cache_queries += sequence.tokens().len() as u64;
+                self.counters.prefix_cache_hits += sequence.computed as u64;
+            }
             sequence.state = SequenceState::Running;
             if sequence.times.started.is_none() {
                 sequence.times.started = Some(now);
                 self.counters.queue_seconds.observe_between(sequence.times.submitted, now);
             }
-            let tokens = sequence.remaining().min(self.config.max_prefill_chunk_tokens).min(*budget);
-            plan.push(self.running.len(), &sequence, tokens);
-            *budget -= tokens;
+            let running = self.running.len();
+            plan_chunk(plan, running, &sequence, self.config.max_prefill_chunk_tokens, budget);
             self.running.push(sequence);
         }
     }
@@ -221,26 +237,31 @@ impl Scheduler {
     /// # Panics
     /// When the output is not that of the step in flight.
     pub(crate) fn complete(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
-        let StepOutput { plan, sampled, completed_at } = output;
+        let StepOutput { plan, next_tokens, completed_at } = output;
         assert_eq!(self.in_flight.take(), Some(plan.step), "the output of the step in flight");
-        assert_eq!(sampled.len(), plan.batch.logit_rows.len(), "one outcome for each logit row");
+        assert_eq!(next_tokens.len(), plan.batch.logit_rows.len(), "one outcome for each logit row");
         self.counters.steps += 1;
         self.counters.step_tokens.observe(plan.batch.token_ids.len() as f64);
-        let mut sampled = sampled.into_iter().enumerate();
+        let mut logit_row = 0;
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             self.counters.prompt_tokens += sequence.advance(planned.tokens) as u64;
             if self.config.prefix_caching {
                 sequence.name_full_blocks(&mut self.pool);
             }
-            let outcome = if planned.samples { sampled.next() } else { None };
-            if let (Some((logit_row, outcome)), SequenceState::Running) = (outcome, sequence.state) {
-                take_outcome(sequence, outcome, logit_row, completed_at, &mut self.counters, effects);
+            if sequence.state == SequenceState::Running {
+                let outcome = Outcome {
+                    next_tokens: &next_tokens[logit_row..logit_row + planned.logits],
+                    scored: planned.scored(),
+                    first_logit_row: logit_row,
+                };
+                take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
             }
+            logit_row += planned.logits;
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
-                effects.push(finish(sequence, FinishReason::Aborted));
+                effects.push(finish(sequence, FinishReason::Aborted, None));
                 self.counters.finished.aborted += 1;
             } else if sequence.state != SequenceState::Ended {
                 return true;
@@ -292,25 +313,61 @@ impl Scheduler {
     }
 }
 
-/// Applies what was sampled for a sequence that nobody aborted.
+/// Plans as many of the next tokens of `sequence` as a chunk and the budget allow, if any.
+fn plan_chunk(
+    plan: &mut StepPlan,
+    running: usize,
+    sequence: &Sequence,
+    max_chunk_tokens: usize,
+    budget: &mut Budget,
+) {
+    let tokens =
+        sequence.computable_within(budget.prompt_logit_rows).min(max_chunk_tokens).min(budget.tokens);
+    if tokens > 0 {
+        budget.tokens -= tokens;
+        budget.prompt_logit_rows -= sequence.scored_within(tokens);
+        plan.push(running, sequence, tokens);
+    }
+}
+
+/// What came of the logit rows of one sequence.
+struct Outcome<'a> {
+    next_tokens: &'a [Result<u32, String>],
+    /// Rows for log probabilities of the prompt; the one sampled from follows, if there is one.
+    scored: usize,
+    /// Their first in the step.
+    first_logit_row: usize,
+}
+
+/// Applies what came of the logit rows of a sequence that nobody aborted.
 fn take_outcome(
     sequence: &mut Sequence,
-    outcome: Result<u32, String>,
-    logit_row: usize,
+    outcome: &Outcome<'_>,
     now: Duration,
     counters: &mut EngineStats,
     effects: &mut Vec<Effect>,
 ) {
     let request = sequence.id;
-    let token_id = match outcome {
-        Ok(token_id) => token_id,
-        Err(message) => {
-            sequence.state = SequenceState::Ended;
-            counters.finished.failed += 1;
-            effects.push(Effect { request, kind: EffectKind::Failed { message } });
-            return;
-        }
-    };
+    if let Some(message) = outcome.next_tokens.iter().find_map(|next| next.as_ref().err()) {
+        sequence.state = SequenceState::Ended;
+        counters.finished.failed += 1;
+        effects.push(Effect { request, kind: EffectKind::Failed { message: message.clone() } });
+        return;
+    }
+    let logit_row = outcome.first_logit_row + outcome.scored;
+    if outcome.scored > 0 {
+        sequence.score(outcome.scored);
+        let logit_rows = outcome.first_logit_row..logit_row;
+        effects.push(Effect { request, kind: EffectKind::PromptLogprobs { logit_rows } });
+    }
+    let Some(&Ok(token_id)) = outcome.next_tokens.get(outcome.scored) else { return };
+    if sequence.sampling.max_tokens == 0 {
+        // The prompt was all that was wanted.
+        sequence.state = SequenceState::Ended;
+        effects.push(finish(sequence, FinishReason::Length, None));
+        counters.finished.length += 1;
+        return;
+    }
     counters.generation_tokens += 1;
     let started = sequence.times.started.unwrap_or(now);
     if sequence.times.first_token.is_none() {
@@ -323,7 +380,7 @@ fn take_outcome(
     }
     if let Some(reason) = reason {
         sequence.state = SequenceState::Ended;
-        effects.push(finish(sequence, reason));
+        effects.push(finish(sequence, reason, Some(logit_row)));
         counters.decode_seconds.observe_between(first_token, now);
         match reason {
             FinishReason::Stop => counters.finished.stop += 1,
@@ -333,11 +390,11 @@ fn take_outcome(
 }
 
 /// The terminal effect of a sequence that ends without an error.
-fn finish(sequence: &Sequence, reason: FinishReason) -> Effect {
+fn finish(sequence: &Sequence, reason: FinishReason, logit_row: Option<usize>) -> Effect {
     let completion = sequence.completion();
     let kind = EffectKind::Finished {
         reason,
-        stop_token: if reason == FinishReason::Stop { completion.last().copied() } else { None },
+        stop_token: completion.last().copied().zip(logit_row).filter(|_| reason == FinishReason::Stop),
         prompt_tokens: sequence.prompt().len(),
         completion_tokens: completion.len(),
     };

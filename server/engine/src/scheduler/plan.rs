@@ -1,5 +1,6 @@
 //! What the scheduler hands out and takes back: plans of steps, their outcome, and effects.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use nibble_model::forward::{Batch, SequenceRows};
@@ -18,8 +19,18 @@ pub(crate) struct PlannedRows {
     pub(crate) running: usize,
     /// Tokens of it that the step computes, at least 1.
     pub(crate) tokens: usize,
-    /// Whether the step computes its last known token, so that the next one can be sampled.
+    /// Of these, the last ones whose logits are wanted.
+    pub(crate) logits: usize,
+    /// Whether the step computes its last known token, so that the next one can be sampled: from the last of its
+    /// logits. The others tell the log probability of the token that follows in the prompt.
     pub(crate) samples: bool,
+}
+
+impl PlannedRows {
+    /// Rows whose logits tell a log probability of the prompt: all that have logits, but the one sampled from.
+    pub(crate) fn scored(&self) -> usize {
+        self.logits - usize::from(self.samples)
+    }
 }
 
 /// One step. It goes to whoever runs it and comes back in a [`StepOutput`], so that its buffers serve the
@@ -27,7 +38,7 @@ pub(crate) struct PlannedRows {
 #[derive(Debug, Default)]
 pub(crate) struct StepPlan {
     pub(crate) step: StepId,
-    /// What the runner computes. Its logit rows are those of the entries that sample, in order.
+    /// What the runner computes. Its logit rows are the last [`PlannedRows::logits`] of each entry, in order.
     pub(crate) batch: Batch,
     /// In the order of the batch's sequences.
     pub(crate) entries: Vec<PlannedRows>,
@@ -54,15 +65,14 @@ impl StepPlan {
         let end = first_position + tokens;
         batch.token_ids.extend_from_slice(&sequence.tokens()[first_position..end]);
         batch.positions.extend(first_position as u32..end as u32);
-        let samples = tokens == sequence.remaining();
-        if samples {
-            batch.logit_rows.push(first_row + tokens - 1);
-        }
+        let samples = sequence.samples_after(tokens);
+        let logits = sequence.scored_within(tokens) + usize::from(samples);
+        batch.logit_rows.extend(first_row + tokens - logits..first_row + tokens);
         let mut block_table = self.spare_tables.pop().unwrap_or_default();
         block_table.clear();
         block_table.extend(sequence.blocks.iter().map(|block| block.0));
         batch.sequences.push(SequenceRows { first_row, rows: tokens, first_position, block_table });
-        self.entries.push(PlannedRows { running, tokens, samples });
+        self.entries.push(PlannedRows { running, tokens, logits, samples });
     }
 }
 
@@ -70,8 +80,9 @@ impl StepPlan {
 pub(crate) struct StepOutput {
     /// The plan that was run.
     pub(crate) plan: StepPlan,
-    /// For each of the plan's logit rows, in order: the token that was sampled from it, or why none could be.
-    pub(crate) sampled: Vec<Result<u32, String>>,
+    /// For each of the plan's logit rows, in order: the token that follows it, sampled or known from the prompt,
+    /// or why its logits are of no use.
+    pub(crate) next_tokens: Vec<Result<u32, String>>,
     /// When the step completed, since the start of the engine.
     pub(crate) completed_at: Duration,
 }
@@ -86,10 +97,17 @@ pub(crate) struct Effect {
 /// What to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum EffectKind {
+    /// The next tokens of the prompt have log probabilities, those of these logit rows of the step.
+    PromptLogprobs { logit_rows: Range<usize> },
     /// The next token, sampled from logit row `logit_row` of the step.
     Token { token_id: u32, logit_row: usize },
-    /// The request ended; nothing follows.
-    Finished { reason: FinishReason, stop_token: Option<u32>, prompt_tokens: usize, completion_tokens: usize },
+    /// The request ended; nothing follows. A stop token comes with the logit row that it was sampled from.
+    Finished {
+        reason: FinishReason,
+        stop_token: Option<(u32, usize)>,
+        prompt_tokens: usize,
+        completion_tokens: usize,
+    },
     /// The request cannot go on; nothing follows.
     Failed { message: String },
 }

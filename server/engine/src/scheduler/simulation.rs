@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::time::Duration;
 
 use proptest::prelude::{Strategy, any, prop, proptest};
@@ -24,7 +25,7 @@ const STOP: u32 = 1;
 #[derive(Clone, Copy, Debug)]
 enum Event {
     /// A request arrives; lengths are cut to what fits. Prompts of a family begin alike.
-    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool },
+    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool, scores: bool },
     /// A request is aborted, counted back from the youngest; it may have ended already.
     Abort { back: u64 },
     /// The step in flight completes, or the next one is planned.
@@ -38,6 +39,8 @@ struct Owner {
     prompt_tokens: usize,
     max_tokens: usize,
     seen_tokens: usize,
+    /// Tokens of the prompt whose log probabilities it still wants.
+    unscored: Range<usize>,
     /// The number of completed steps at which it must have ended.
     ends_by_step: u64,
 }
@@ -51,6 +54,8 @@ struct World {
     submitted: u64,
     ended: u64,
     completed_steps: u64,
+    /// Of the logit rows of the last step: the position of each.
+    logit_positions: Vec<usize>,
     /// Of every plan and effect so far.
     digest: DefaultHasher,
     maximum_tokens: usize,
@@ -86,6 +91,7 @@ impl World {
             submitted: 0,
             ended: 0,
             completed_steps: 0,
+            logit_positions: Vec::new(),
             digest: DefaultHasher::new(),
             maximum_tokens: blocks * block_size + 1,
             block_size,
@@ -96,8 +102,10 @@ impl World {
     fn apply(&mut self, event: Event) {
         let mut effects = Vec::new();
         match event {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos } => {
-                self.submit(family, prompt_tokens, max_tokens, ignore_eos);
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores } => {
+                // What is not scored generates one token at least.
+                let max_tokens = max_tokens + usize::from(!scores);
+                self.submit(family, prompt_tokens, max_tokens, ignore_eos, scores);
             }
             Event::Abort { back } => {
                 let id = RequestId(self.submitted.saturating_sub(1 + back));
@@ -122,7 +130,14 @@ impl World {
         }
     }
 
-    fn submit(&mut self, family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool) {
+    fn submit(
+        &mut self,
+        family: u64,
+        prompt_tokens: usize,
+        max_tokens: usize,
+        ignore_eos: bool,
+        scores: bool,
+    ) {
         let prompt_tokens = prompt_tokens.min(self.maximum_tokens - 1);
         let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
         let id = RequestId(self.submitted);
@@ -131,14 +146,20 @@ impl World {
         let common = prompt_tokens - prompt_tokens / 3;
         let author = |at| if at < common { RequestId(1_000_000 + family) } else { id };
         let prompt = (0..prompt_tokens).map(|at| token(author(at), at + 1_000_000)).collect();
-        let sampling =
-            SamplingParameters { max_tokens, ignore_eos, stop_token_ids: vec![STOP], ..Default::default() };
-        self.scheduler.submit(id, Request { prompt, sampling, constraint: None }, Duration::ZERO);
+        let sampling = SamplingParameters {
+            max_tokens,
+            ignore_eos,
+            stop_token_ids: vec![STOP],
+            prompt_logprobs: scores.then_some(0),
+            ..Default::default()
+        };
+        self.scheduler.submit(id, Request::new(prompt, sampling), Duration::ZERO);
         // The oldest request gets on with every step, and never has to start again: each one ahead delays
         // this one by at most its own tokens. One step may be in flight already.
         let ahead: usize = self.owners.values().map(|owner| owner.prompt_tokens + owner.max_tokens).sum();
         let ends_by_step = self.completed_steps + (ahead + prompt_tokens + max_tokens) as u64 + 1;
-        self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, ends_by_step });
+        let unscored = 0..if scores { prompt_tokens - 1 } else { 0 };
+        self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, ends_by_step });
     }
 
     fn turn(&mut self, fails: bool, effects: &mut Vec<Effect>) {
@@ -158,17 +179,21 @@ impl World {
             return;
         };
         self.run(&plan);
-        let sampling = plan.entries.iter().filter(|planned| planned.samples);
-        let mut sampled: Vec<Result<u32, String>> = sampling
-            .map(|planned| {
-                let sequence = &self.scheduler.running()[planned.running];
-                Ok(token(sequence.id, sequence.completion().len()))
-            })
-            .collect();
-        if let (true, Some(first)) = (fails, sampled.first_mut()) {
+        let logit_rows = plan.batch.logit_rows.iter();
+        self.logit_positions = logit_rows.map(|&row| plan.batch.positions[row] as usize).collect();
+        let mut next_tokens = Vec::new();
+        for (planned, rows) in plan.entries.iter().zip(&plan.batch.sequences) {
+            let sequence = &self.scheduler.running()[planned.running];
+            let end = rows.first_position + rows.rows;
+            next_tokens.extend((end - planned.logits..end).map(|position| {
+                let known = sequence.tokens().get(position + 1).copied();
+                Ok(known.unwrap_or_else(|| token(sequence.id, sequence.completion().len())))
+            }));
+        }
+        if let (true, Some(first)) = (fails, next_tokens.first_mut()) {
             *first = Err("not finite".to_owned());
         }
-        self.scheduler.complete(StepOutput { plan, sampled, completed_at: now }, effects);
+        self.scheduler.complete(StepOutput { plan, next_tokens, completed_at: now }, effects);
         self.completed_steps += 1;
     }
 
@@ -198,6 +223,12 @@ impl World {
         let id = effect.request;
         let owner = self.owners.get_mut(&id).expect("effects are of open requests");
         match &effect.kind {
+            EffectKind::PromptLogprobs { logit_rows } => {
+                for &position in &self.logit_positions[logit_rows.clone()] {
+                    assert_eq!(Some(position), owner.unscored.next(), "the prompt is scored in order, once");
+                }
+                return;
+            }
             EffectKind::Token { token_id, .. } => {
                 assert_eq!(*token_id, token(id, owner.seen_tokens), "tokens come in order, each once");
                 owner.seen_tokens += 1;
@@ -209,8 +240,13 @@ impl World {
                 assert_eq!(*completion_tokens, owner.seen_tokens + stopped);
                 assert!(*completion_tokens <= owner.max_tokens);
                 assert_eq!(stop_token.is_some(), stopped == 1);
+                let aborted = *reason == FinishReason::Aborted;
+                assert!(owner.unscored.is_empty() || aborted, "the whole prompt is scored");
                 match reason {
-                    FinishReason::Stop => assert_eq!(*stop_token, Some(token(id, owner.seen_tokens))),
+                    FinishReason::Stop => {
+                        let stop_token = stop_token.map(|(token_id, _)| token_id);
+                        assert_eq!(stop_token, Some(token(id, owner.seen_tokens)));
+                    }
                     FinishReason::Length => assert_eq!(*completion_tokens, owner.max_tokens),
                     FinishReason::Aborted => {}
                 }
@@ -247,6 +283,7 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
         max_step_tokens: 1 + below(40) as usize,
         max_prefill_chunk_tokens: 1 + below(20) as usize,
         prefix_caching: below(4) > 0,
+        max_prompt_logit_rows: 1 + below(10) as usize,
         ..EngineConfig::default()
     };
     let (blocks, block_size) = (1 + below(24) as usize, 1 + below(5) as usize);
@@ -257,8 +294,9 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
             at if at < arrivals => Event::Submit {
                 family: below(3),
                 prompt_tokens: 1 + below(30) as usize,
-                max_tokens: 1 + below(30) as usize,
+                max_tokens: below(30) as usize,
                 ignore_eos: below(2) == 0,
+                scores: below(4) == 0,
             },
             at if at < arrivals + aborts => Event::Abort { back: below(20) },
             99 => Event::FailingTurn,
@@ -305,10 +343,10 @@ fn the_same_calls_give_the_same_plans_and_effects() {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let submit = (0..3u64, 1..20usize, 1..20usize, any::<bool>());
+    let submit = (0..3u64, 1..20usize, 0..20usize, any::<bool>(), any::<bool>());
     proptest::prop_oneof![
-        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos)| {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos }
+        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos, scores)| {
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores }
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
         6 => proptest::strategy::Just(Event::Turn),
@@ -323,13 +361,14 @@ proptest! {
         events in prop::collection::vec(event(), 0..120),
         (blocks, block_size) in (1..10usize, 1..4usize),
         (max_running_sequences, max_step_tokens, max_prefill_chunk_tokens) in (1..6usize, 1..12usize, 1..8usize),
-        prefix_caching in any::<bool>(),
+        (prefix_caching, max_prompt_logit_rows) in (any::<bool>(), 1..6usize),
     ) {
         let config = EngineConfig {
             max_running_sequences,
             max_step_tokens,
             max_prefill_chunk_tokens,
             prefix_caching,
+            max_prompt_logit_rows,
             ..EngineConfig::default()
         };
         let mut world = World::new(blocks, block_size, &config);

@@ -31,7 +31,7 @@ fn submit(scheduler: &mut Scheduler, id: u64, prompt_tokens: usize, max_tokens: 
 
 fn submit_prompt(scheduler: &mut Scheduler, id: u64, prompt: Vec<u32>, max_tokens: usize) {
     let sampling = SamplingParameters { max_tokens, ..Default::default() };
-    scheduler.submit(RequestId(id), Request { prompt, sampling, constraint: None }, Duration::from_secs(id));
+    scheduler.submit(RequestId(id), Request::new(prompt, sampling), Duration::from_secs(id));
 }
 
 fn schedule(scheduler: &mut Scheduler) -> StepPlan {
@@ -47,9 +47,10 @@ fn entries(scheduler: &Scheduler, plan: &StepPlan) -> Vec<(u64, usize)> {
 }
 
 fn complete(scheduler: &mut Scheduler, plan: StepPlan, token_id: u32) -> Vec<Effect> {
-    let sampled = plan.batch.logit_rows.iter().map(|_| Ok(token_id)).collect();
+    let next_tokens = plan.batch.logit_rows.iter().map(|_| Ok(token_id)).collect();
     let mut effects = Vec::new();
-    scheduler.complete(StepOutput { plan, sampled, completed_at: Duration::from_secs(200) }, &mut effects);
+    scheduler
+        .complete(StepOutput { plan, next_tokens, completed_at: Duration::from_secs(200) }, &mut effects);
     check(scheduler);
     effects
 }
@@ -204,7 +205,7 @@ fn a_stop_token_ends_a_sequence_and_is_told_with_the_end_only() {
     let effects = complete(&mut scheduler, plan, 0);
     let kind = EffectKind::Finished {
         reason: FinishReason::Stop,
-        stop_token: Some(0),
+        stop_token: Some((0, 0)),
         prompt_tokens: 2,
         completion_tokens: 1,
     };
@@ -304,4 +305,50 @@ fn without_prefix_caching_nothing_is_shared_or_kept() {
     submit_prompt(&mut scheduler, 2, (0..8).collect(), 1);
     assert_eq!(step(&mut scheduler), [(2, 8)]);
     assert_eq!(scheduler.stats().prefix_cache_hits, 0);
+}
+
+/// Submits a request that wants the log probabilities of its prompt.
+fn submit_scored(scheduler: &mut Scheduler, id: u64, prompt: Vec<u32>, max_tokens: usize) {
+    let sampling = SamplingParameters { max_tokens, prompt_logprobs: Some(1), ..Default::default() };
+    scheduler.submit(RequestId(id), Request::new(prompt, sampling), Duration::from_secs(id));
+}
+
+#[test]
+fn logits_of_prompts_have_a_budget_of_their_own_which_cuts_chunks() {
+    let mut scheduler = scheduler(100, EngineConfig { max_prompt_logit_rows: 5, ..config(100, 8) });
+    submit_scored(&mut scheduler, 0, (100..108).collect(), 1);
+    submit_scored(&mut scheduler, 1, (200..206).collect(), 1);
+    submit(&mut scheduler, 2, 20, 1);
+    assert_eq!(step(&mut scheduler), [(0, 5)], "nobody overtakes whoever waits for a budget");
+    // The last row of a prompt is sampled from: of 3 rows 2 are scored.
+    assert_eq!(step(&mut scheduler), [(0, 3), (1, 3), (2, 8)]);
+    assert_eq!(step(&mut scheduler), [(1, 3), (2, 8)]);
+    assert_eq!(step(&mut scheduler), [(2, 4)]);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn a_prompt_that_is_only_scored_ends_with_its_last_row_and_leaves_the_cache_to_others() {
+    let mut scheduler = scheduler(100, config(100, 100));
+    for id in 0..2 {
+        submit_scored(&mut scheduler, id, (0..9).collect(), 0);
+        let plan = schedule(&mut scheduler);
+        assert_eq!(plan.batch.logit_rows, (0..9).collect::<Vec<_>>());
+        assert_eq!(plan.batch.token_ids.len(), 9, "what is in the cache is computed again");
+        let effects = complete(&mut scheduler, plan, TOKEN);
+        let scored = EffectKind::PromptLogprobs { logit_rows: 0..8 };
+        let finished = EffectKind::Finished {
+            reason: FinishReason::Length,
+            stop_token: None,
+            prompt_tokens: 9,
+            completion_tokens: 0,
+        };
+        let expected = [scored, finished].map(|kind| Effect { request: RequestId(id), kind });
+        assert_eq!(effects, expected);
+    }
+    let stats = scheduler.stats();
+    assert_eq!((stats.prefix_cache_queries, stats.prefix_cache_hits), (0, 0), "the cache was not asked");
+    submit_prompt(&mut scheduler, 2, (0..9).collect(), 1);
+    assert_eq!(step(&mut scheduler), [(2, 1)], "the blocks of a scored prompt serve others");
+    assert_eq!(scheduler.stats().prefix_cache_hits, 8);
 }

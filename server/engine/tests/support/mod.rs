@@ -35,6 +35,8 @@ pub(crate) struct Stream {
 pub(crate) struct Completion {
     pub(crate) token_ids: Vec<u32>,
     pub(crate) logprobs: Vec<Option<TokenLogprobs>>,
+    /// Of the prompt's tokens but the first, if asked for.
+    pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
     pub(crate) end: RequestEvent,
 }
 
@@ -62,9 +64,13 @@ impl Stream {
 
     /// Everything up to the terminal event, after which nothing may come.
     pub(crate) fn finish(self) -> Completion {
-        let (mut token_ids, mut logprobs) = (Vec::new(), Vec::new());
+        let (mut token_ids, mut logprobs, mut prompt_logprobs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             match self.next() {
+                RequestEvent::PromptLogprobs { logprobs } => {
+                    assert!(token_ids.is_empty(), "the prompt comes first");
+                    prompt_logprobs.extend(logprobs);
+                }
                 RequestEvent::Token { token_id, logprobs: of_token } => {
                     token_ids.push(token_id);
                     logprobs.push(of_token);
@@ -72,7 +78,7 @@ impl Stream {
                 end => {
                     // The sink goes with its terminal event.
                     assert!(self.events.recv_timeout(PATIENCE).is_err(), "an event after {end:?}");
-                    return Completion { token_ids, logprobs, end };
+                    return Completion { token_ids, logprobs, prompt_logprobs, end };
                 }
             }
         }
@@ -91,7 +97,7 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
 /// A greedy request.
 pub(crate) fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = SamplingParameters { max_tokens, temperature: 0.0, ..Default::default() };
-    Request { prompt, sampling, constraint: None }
+    Request::new(prompt, sampling)
 }
 
 /// A reproducible 64-bit number (SplitMix64 of the sum).

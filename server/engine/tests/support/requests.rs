@@ -60,13 +60,16 @@ pub(crate) fn sampled(seed: u64) -> Request {
         presence_penalty: [0.0, -0.2][pick(8, 2) as usize],
         logit_bias: vec![(pick(9, 40) as u32, 1.5)],
         seed: Some(seed),
+        allowed_token_ids: [None, None, Some((0..36).collect())][pick(16, 3) as usize].clone(),
+        bad_words: [vec![], vec![vec![4], vec![pick(18, 40) as u32, 6]]][pick(17, 2) as usize].clone(),
         stop_token_ids: vec![pick(10, 40) as u32],
         ignore_eos: pick(11, 2) == 0,
         logprobs: [None, Some(3)][pick(12, 2) as usize],
+        prompt_logprobs: [None, None, Some(2)][pick(15, 3) as usize],
     };
     let constraint: Option<Box<dyn TokenConstraint>> = match pick(14, 3) {
         0 => Some(Box::new(Alternating::default())),
         _ => None,
     };
-    Request { prompt: prompt(1 + pick(13, 40) as usize, seed), sampling, constraint }
+    Request { constraint, ..Request::new(prompt(1 + pick(13, 40) as usize, seed), sampling) }
 }

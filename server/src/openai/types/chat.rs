@@ -1,9 +1,9 @@
 //! `/v1/chat/completions`: request, response, chunk of a stream.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::common::{Usage, as_float};
+use super::common::{PromptLogprobs, Usage, as_float};
 use super::sampling::GenerationFields;
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
@@ -20,10 +20,40 @@ pub(crate) struct ChatRequest {
     pub(crate) max_completion_tokens: Option<u32>,
     pub(crate) logprobs: bool,
     pub(crate) top_logprobs: Option<u32>,
-    pub(crate) add_generation_prompt: bool,
+    /// Unless the last message is continued, true.
+    pub(crate) add_generation_prompt: Option<bool>,
+    pub(crate) continue_final_message: bool,
+    pub(crate) echo: bool,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) reasoning_effort: Option<ReasoningEffort>,
+    pub(crate) include_reasoning: bool,
     pub(crate) add_special_tokens: bool,
     pub(crate) documents: Option<Vec<Value>>,
     pub(crate) chat_template_kwargs: Map<String, Value>,
+}
+
+/// How much the model shall think, where its chat template knows the word.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ReasoningEffort {
+    None,
+    Minimal,
+    Low,
+    Medium,
+    High,
+}
+
+impl ReasoningEffort {
+    /// What templates know it as.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Minimal => "minimal",
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+        }
+    }
 }
 
 impl TryFrom<Fields> for ChatRequest {
@@ -31,6 +61,7 @@ impl TryFrom<Fields> for ChatRequest {
 
     fn try_from(mut fields: Fields) -> Result<Self, ApiError> {
         const BOOLEAN: &str = "true or false";
+        const EFFORTS: &str = "\"none\", \"minimal\", \"low\", \"medium\" or \"high\"";
         let request = Self {
             messages: fields.require("messages", "a list of messages")?,
             tools: fields.take("tools", "a list of tools")?.unwrap_or_default(),
@@ -39,7 +70,12 @@ impl TryFrom<Fields> for ChatRequest {
             max_completion_tokens: fields.take("max_completion_tokens", "an integer of at least 1")?,
             logprobs: fields.take("logprobs", BOOLEAN)?.unwrap_or(false),
             top_logprobs: fields.take("top_logprobs", "an integer of at least 0")?,
-            add_generation_prompt: fields.take("add_generation_prompt", BOOLEAN)?.unwrap_or(true),
+            add_generation_prompt: fields.take("add_generation_prompt", BOOLEAN)?,
+            continue_final_message: fields.take("continue_final_message", BOOLEAN)?.unwrap_or(false),
+            echo: fields.take("echo", BOOLEAN)?.unwrap_or(false),
+            chat_template: fields.take("chat_template", "a Jinja template")?,
+            reasoning_effort: fields.take("reasoning_effort", EFFORTS)?,
+            include_reasoning: fields.take("include_reasoning", BOOLEAN)?.unwrap_or(true),
             // The template writes the special tokens that the model expects.
             add_special_tokens: fields.take("add_special_tokens", BOOLEAN)?.unwrap_or(false),
             documents: fields.take("documents", "a list of objects")?,
@@ -60,6 +96,10 @@ pub(crate) struct ChatResponse {
     pub(crate) model: String,
     pub(crate) choices: Vec<ChatChoice>,
     pub(crate) usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// One of the `n` answers.
@@ -70,6 +110,8 @@ pub(crate) struct ChatChoice {
     pub(crate) logprobs: Option<ChatLogprobs>,
     pub(crate) finish_reason: &'static str,
     pub(crate) stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<Vec<u32>>,
 }
 
 /// The assistant's message.
@@ -79,6 +121,9 @@ pub(crate) struct ChatMessage {
     /// Absent when there are calls only.
     pub(crate) content: Option<String>,
     pub(crate) refusal: Option<String>,
+    /// What the model thought first.
+    #[serde(flatten)]
+    pub(crate) reasoning: Reasoning,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) tool_calls: Vec<ToolCall>,
 }
@@ -107,6 +152,9 @@ pub(crate) struct ChatChunk {
     pub(crate) created: u64,
     pub(crate) model: String,
     pub(crate) choices: Vec<ChatChunkChoice>,
+    /// In the first chunk of a choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) usage: Option<Usage>,
 }
@@ -120,6 +168,8 @@ pub(crate) struct ChatChunkChoice {
     pub(crate) finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<Vec<u32>>,
 }
 
 /// What a chunk adds to the message.
@@ -129,8 +179,26 @@ pub(crate) struct ChatDelta {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<String>,
+    #[serde(flatten)]
+    pub(crate) reasoning: Reasoning,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) tool_calls: Vec<ToolCallDelta>,
+}
+
+/// What the model thinks, under the name that most clients know and under vLLM's newer one.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Reasoning {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<String>,
+}
+
+impl From<String> for Reasoning {
+    fn from(text: String) -> Self {
+        let text = Some(text).filter(|text| !text.is_empty());
+        Self { reasoning_content: text.clone(), reasoning: text }
+    }
 }
 
 /// What a chunk adds to a call.

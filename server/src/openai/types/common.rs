@@ -25,3 +25,28 @@ pub(crate) fn as_float<S: Serializer>(logprob: &f32, serializer: S) -> Result<S:
 pub(crate) fn finite(logprob: f32) -> f32 {
     logprob.max(LOWEST_LOGPROB)
 }
+
+/// For each token of a prompt the log probabilities in its place, as vLLM has them: null for the first one, then an
+/// object of token ids, that of the token itself first.
+#[derive(Debug, Serialize)]
+pub(crate) struct PromptLogprobs(pub(crate) Vec<Option<RankedTokens>>);
+
+/// Token ids and what is known of each, as an object.
+#[derive(Debug)]
+pub(crate) struct RankedTokens(pub(crate) Vec<(u32, RankedToken)>);
+
+/// A token in its place.
+#[derive(Debug, Serialize)]
+pub(crate) struct RankedToken {
+    #[serde(serialize_with = "as_float")]
+    pub(crate) logprob: f32,
+    /// From 1, most likely first.
+    pub(crate) rank: usize,
+    pub(crate) decoded_token: String,
+}
+
+impl Serialize for RankedTokens {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token_id, token)| (token_id, token)))
+    }
+}

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use super::common::Usage;
+use super::common::{PromptLogprobs, Usage};
 use super::sampling::GenerationFields;
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
@@ -67,6 +67,13 @@ pub(crate) struct CompletionChoice {
     /// Absent while it goes on.
     pub(crate) finish_reason: Option<&'static str>,
     pub(crate) stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<Vec<u32>>,
+    /// In a stream, in the first chunk of a choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// Log probabilities in columns, one entry for each token.
@@ -74,10 +81,11 @@ pub(crate) struct CompletionChoice {
 pub(crate) struct CompletionLogprobs {
     /// Where the token begins in the text, in characters.
     pub(crate) text_offset: Vec<usize>,
-    pub(crate) token_logprobs: Vec<f32>,
+    /// Null for the first token of a prompt, which nothing comes before.
+    pub(crate) token_logprobs: Vec<Option<f32>>,
     pub(crate) tokens: Vec<String>,
-    /// The most likely tokens in its place, and itself.
-    pub(crate) top_logprobs: Vec<TopLogprobs>,
+    /// The most likely tokens in its place, and itself; null as well.
+    pub(crate) top_logprobs: Vec<Option<TopLogprobs>>,
 }
 
 /// Texts of tokens and their log probabilities, as an object.

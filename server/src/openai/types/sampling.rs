@@ -12,6 +12,7 @@ const NUMBER: &str = "a number";
 const COUNT: &str = "an integer of at least 0";
 const BOOLEAN: &str = "true or false";
 const TOKEN_IDS: &str = "a list of token ids";
+const COUNT_OR_ALL: &str = "an integer of at least -1";
 
 /// How to generate: OpenAI's fields and vLLM's, as they were sent.
 #[derive(Debug)]
@@ -36,6 +37,18 @@ pub(crate) struct GenerationFields {
     pub(crate) include_stop_str_in_output: bool,
     pub(crate) ignore_eos: bool,
     pub(crate) skip_special_tokens: bool,
+    pub(crate) allowed_token_ids: Option<Vec<u32>>,
+    pub(crate) bad_words: Vec<String>,
+    /// -1 stands for the whole vocabulary.
+    pub(crate) prompt_logprobs: Option<i64>,
+    /// -1 stands for what fits.
+    pub(crate) truncate_prompt_tokens: Option<i64>,
+    pub(crate) return_token_ids: bool,
+    pub(crate) return_tokens_as_token_ids: bool,
+    pub(crate) request_id: Option<String>,
+    pub(crate) cache_salt: Option<String>,
+    /// Lower is served first.
+    pub(crate) priority: i32,
     /// The form that the answer must have.
     pub(crate) structured: Option<StructuredOutput>,
     pub(crate) stream: bool,
@@ -69,6 +82,8 @@ impl GenerationFields {
             Some(Strings::One(stop)) => vec![stop],
             Some(Strings::Several(stops)) => stops,
         };
+        // Tokenizers of the kind that is supported never put spaces between them, whatever this says.
+        let _: Option<bool> = fields.take("spaces_between_special_tokens", BOOLEAN)?;
         Ok(Self {
             model: fields.take("model", "the name of a model")?,
             max_tokens: fields.take("max_tokens", COUNT)?,
@@ -88,6 +103,15 @@ impl GenerationFields {
             include_stop_str_in_output: fields.take("include_stop_str_in_output", BOOLEAN)?.unwrap_or(false),
             ignore_eos: fields.take("ignore_eos", BOOLEAN)?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens", BOOLEAN)?.unwrap_or(true),
+            allowed_token_ids: fields.take("allowed_token_ids", TOKEN_IDS)?,
+            bad_words: fields.take("bad_words", "a list of strings")?.unwrap_or_default(),
+            prompt_logprobs: fields.take("prompt_logprobs", COUNT_OR_ALL)?,
+            truncate_prompt_tokens: fields.take("truncate_prompt_tokens", COUNT_OR_ALL)?,
+            return_token_ids: fields.take("return_token_ids", BOOLEAN)?.unwrap_or(false),
+            return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids", BOOLEAN)?.unwrap_or(false),
+            request_id: fields.take("request_id", "a string")?,
+            cache_salt: fields.take("cache_salt", "a string")?,
+            priority: fields.take("priority", "an integer of 32 bits")?.unwrap_or(0),
             structured: StructuredOutput::take(fields)?,
             stream: fields.take("stream", BOOLEAN)?.unwrap_or(false),
             stream_options: fields.take("stream_options", "an object with include_usage")?,
