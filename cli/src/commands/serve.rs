@@ -187,6 +187,7 @@ fn engine_config(arguments: &ServeArguments) -> EngineConfig {
         max_waiting_requests: arguments.max_waiting_requests as usize,
         prefix_caching: !arguments.no_prefix_caching,
         seed: default.seed,
+        max_prompt_logit_rows: default.max_prompt_logit_rows,
     }
 }
 
