@@ -14,5 +14,6 @@ pub mod hub;
 pub mod import;
 pub mod inspection;
 mod mapped_file;
+pub mod pooling_config;
 pub mod self_test;
 pub mod tokenizer;

@@ -82,10 +82,11 @@ fn logits_have_the_same_bits_alone_and_among_seven_others() {
 #[test]
 fn a_broken_batch_is_refused_with_the_rule_it_breaks() {
     type Break = fn(&mut Batch);
-    let cases: [(&str, Break); 7] = [
+    let cases: [(&str, Break); 8] = [
         ("positions", |batch| batch.positions.truncate(3)),
         ("token", |batch| batch.token_ids[0] = VOCABULARY as u32),
         ("logits of row", |batch| batch.logit_rows = vec![10]),
+        ("hidden states of row", |batch| batch.hidden_rows = vec![10]),
         ("blocks for", |batch| batch.sequences[0].block_table.clear()),
         ("block Some(9)", |batch| batch.sequences[0].block_table[0] = 9),
         ("consecutive", |batch| batch.positions[4] = 9),

@@ -1,7 +1,7 @@
 //! The text of a chat's answer, taken apart: first what the model thinks, then content and calls of tools.
 
 use crate::reasoning::{ReasoningDelta, ReasoningParser};
-use crate::tools::{CallDelta, ToolCallParser};
+use crate::tools::{CallDelta, ToolCallParser, Tools};
 use crate::validation::ValidRequest;
 
 /// Reads the text of one answer, in pieces of any size.
@@ -36,7 +36,7 @@ impl AnswerParser {
     pub(crate) fn new(request: &ValidRequest) -> Self {
         Self {
             reasoning: request.thinking().map(ReasoningParser::new),
-            calls: request.tools().map(|tools| tools.parser()),
+            calls: request.tools().map(Tools::parser),
         }
     }
 

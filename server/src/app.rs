@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
-use nibble_engine::EngineHandle;
+use nibble_engine::{EngineHandle, Pooling};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::tokenizer::Tokenizer;
@@ -18,7 +18,7 @@ use crate::metrics::{Metrics, metrics};
 use crate::observe::observe;
 use crate::openai::error::ApiError;
 use crate::openai::fields::BODY_LIMIT_BYTES;
-use crate::openai::{chat, completions, models, tokenize};
+use crate::openai::{chat, completions, embeddings, models, tokenize};
 use crate::reasoning::{Reasoning, ReasoningFormat};
 use crate::tools::ToolCallFormat;
 use crate::{ServerError, health};
@@ -34,6 +34,8 @@ pub struct ServedModel {
     pub chat_template: Option<Arc<ChatTemplate>>,
     /// Its own defaults of sampling parameters.
     pub generation_config: GenerationConfig,
+    /// How it makes embeddings, where a request says nothing.
+    pub pooling: Pooling,
     /// The engine that runs it.
     pub engine: EngineHandle,
 }
@@ -124,6 +126,7 @@ pub fn router(model: ServedModel, options: ServerOptions) -> Result<Router, Serv
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*model}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

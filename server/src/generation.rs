@@ -70,6 +70,8 @@ struct Choice {
     prompt: Vec<TokenOutput>,
     /// Tokens of it that have their log probability, and the first, which never gets one.
     scored: usize,
+    /// The embedding, once it is there.
+    embedding: Option<Vec<f32>>,
     include_stop: bool,
     generated_tokens: usize,
     /// Characters of all text that the detokenizer gave.
@@ -105,6 +107,8 @@ pub(crate) struct ChoiceEvent {
     pub(crate) prompt: Vec<TokenOutput>,
     /// Tokens since the event before; a token that ends the choice is among them.
     pub(crate) tokens: Vec<TokenOutput>,
+    /// In the last event of a choice, the embedding of its prompt, if that was asked for.
+    pub(crate) embedding: Option<Vec<f32>>,
     /// Present in the last event of a choice.
     pub(crate) finish: Option<Finish>,
 }
@@ -115,6 +119,7 @@ pub(crate) struct CompletedChoice {
     pub(crate) text: String,
     pub(crate) prompt: Vec<TokenOutput>,
     pub(crate) tokens: Vec<TokenOutput>,
+    pub(crate) embedding: Option<Vec<f32>>,
     pub(crate) finish: Finish,
 }
 
@@ -172,6 +177,7 @@ impl Generation {
                     tokens: Vec::new(),
                     prompt: shown.iter().enumerate().map(token).collect(),
                     scored: 1,
+                    embedding: None,
                     include_stop: request.include_stop(),
                     generated_tokens: 0,
                     characters: echo.chars().count(),
@@ -206,6 +212,7 @@ impl Generation {
                 text: String::new(),
                 prompt: Vec::new(),
                 tokens: Vec::new(),
+                embedding: None,
                 finish: None,
             })
             .collect();
@@ -215,12 +222,13 @@ impl Generation {
             choice.text.push_str(&event.text);
             choice.prompt.extend(event.prompt);
             choice.tokens.extend(event.tokens);
+            choice.embedding = event.embedding;
             choice.finish = event.finish;
         }
-        let completed =
-            collected.into_iter().filter_map(|ChoiceEvent { text, prompt, tokens, finish, .. }| {
-                Some(CompletedChoice { text, prompt, tokens, finish: finish? })
-            });
+        let completed = collected.into_iter().filter_map(|choice| {
+            let ChoiceEvent { text, prompt, tokens, embedding, finish, .. } = choice;
+            Some(CompletedChoice { text, prompt, tokens, embedding, finish: finish? })
+        });
         Ok((completed.collect(), self.usage()))
     }
 
@@ -256,6 +264,10 @@ impl Generation {
                     token.logprobs = Some(logprobs);
                     choice.scored += 1;
                 }
+                return Ok(None);
+            }
+            RequestEvent::Embedding { values } => {
+                choice.embedding = Some(values);
                 return Ok(None);
             }
             RequestEvent::Token { token_id, logprobs } => {
@@ -294,6 +306,7 @@ impl Generation {
             text: std::mem::take(&mut choice.ready),
             prompt: std::mem::take(&mut choice.prompt),
             tokens: std::mem::take(&mut choice.tokens),
+            embedding: choice.embedding.take(),
             finish,
         }))
     }

@@ -141,7 +141,7 @@ fn receive(
     loop {
         let event = events.recv().context("the engine stopped before the answer was finished")?;
         let ended = match event {
-            RequestEvent::PromptLogprobs { .. } => continue,
+            RequestEvent::PromptLogprobs { .. } | RequestEvent::Embedding { .. } => continue,
             RequestEvent::Token { token_id, .. } => {
                 token_ids.push(token_id);
                 None

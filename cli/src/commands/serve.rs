@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_engine::{Engine, EngineConfig, ModelRunner};
+use nibble_engine::{Engine, EngineConfig, ModelRunner, Pooling};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
@@ -138,6 +138,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
         generation_config,
+        pooling: Pooling::of_checkpoint(checkpoint.directory())?.unwrap_or(Pooling::Last),
         engine: engine.handle(),
     };
     drop(checkpoint);
@@ -186,8 +187,7 @@ fn engine_config(arguments: &ServeArguments) -> EngineConfig {
         max_prefill_chunk_tokens: default.max_prefill_chunk_tokens.min(max_step_tokens),
         max_waiting_requests: arguments.max_waiting_requests as usize,
         prefix_caching: !arguments.no_prefix_caching,
-        seed: default.seed,
-        max_prompt_logit_rows: default.max_prompt_logit_rows,
+        ..default
     }
 }
 

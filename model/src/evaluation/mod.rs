@@ -159,6 +159,7 @@ fn run<B: Backend>(
         positions: (first..first + rows).map(|position| position as u32).collect(),
         sequences: vec![SequenceRows { first_row: 0, rows, first_position: first, block_table }],
         logit_rows: (0..rows).collect(),
+        hidden_rows: Vec::new(),
     };
     model.forward(&batch, cache)
 }

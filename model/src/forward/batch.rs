@@ -28,6 +28,8 @@ pub struct Batch {
     pub sequences: Vec<SequenceRows>,
     /// Rows whose logits are wanted, in the order they are returned.
     pub logit_rows: Vec<usize>,
+    /// Rows whose hidden states behind the final norm are wanted, in the order they are returned.
+    pub hidden_rows: Vec<usize>,
 }
 
 impl Batch {
@@ -39,6 +41,7 @@ impl Batch {
             positions: (first_position..first_position + rows).map(|position| position as u32).collect(),
             sequences: vec![SequenceRows { first_row: 0, rows, first_position, block_table }],
             logit_rows: (0..rows).collect(),
+            hidden_rows: Vec::new(),
         }
     }
 }

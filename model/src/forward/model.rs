@@ -134,6 +134,16 @@ impl<B: Backend> Model<B> {
         Ok(self.output.logits(&self.backend, &self.head, residual, addend, &batch.logit_rows)?)
     }
 
+    /// The hidden states behind the final norm, `[rows, hidden_size]`, of [`Batch::hidden_rows`] of the batch that was
+    /// given to [`Model::forward`] last. They have the same bits in any batch, as logits have.
+    ///
+    /// # Errors
+    /// When the batch is not that one, or the device refuses.
+    pub fn hidden_states(&mut self, batch: &Batch) -> Result<Vec<f32>, ModelError> {
+        let Activations { residual, addend, .. } = &self.activations;
+        Ok(self.output.hidden_states(&self.backend, residual, addend, &batch.hidden_rows)?)
+    }
+
     fn embed(&mut self, rows: usize) -> Result<(), KernelError> {
         let table = match &self.embedding {
             Table::Own(table) => Some(table),

@@ -131,15 +131,48 @@ impl<B: Backend> OutputStage<B> {
     ) -> Result<Logits, KernelError> {
         let mut values = vec![0.0; rows.len() * self.vocabulary];
         for (chunk, values) in rows.chunks(LOGIT_ROWS).zip(values.chunks_mut(LOGIT_ROWS * self.vocabulary)) {
-            let indices: Vec<u32> = chunk.iter().map(|&row| row as u32).collect();
-            backend.write_indices(&indices, &mut self.rows)?;
-            for (input, output) in [(residual, &mut self.residual), (addend, &mut self.addend)] {
-                let (rows, count, width) = (&self.rows, chunk.len(), self.hidden);
-                backend.gather_rows(gather_rows::Args { input, rows, output, count, width })?;
-            }
+            self.gather(backend, residual, addend, chunk)?;
             self.finish(backend, head, chunk.len(), true, values)?;
         }
         Ok(Logits { rows: rows.len(), vocabulary: self.vocabulary, values })
+    }
+
+    /// The hidden states behind the final norm, `[rows, hidden_size]`, of `rows` of a step, as for
+    /// [`OutputStage::logits`].
+    ///
+    /// # Errors
+    /// When a row is outside the buffers.
+    pub(crate) fn hidden_states(
+        &mut self,
+        backend: &B,
+        residual: &B::Buffer,
+        addend: &B::Buffer,
+        rows: &[usize],
+    ) -> Result<Vec<f32>, KernelError> {
+        let mut values = vec![0.0; rows.len() * self.hidden];
+        for (chunk, values) in rows.chunks(LOGIT_ROWS).zip(values.chunks_mut(LOGIT_ROWS * self.hidden)) {
+            self.gather(backend, residual, addend, chunk)?;
+            self.norm(backend, chunk.len(), true)?;
+            backend.read(&self.normed, 0..values.len(), values)?;
+        }
+        Ok(values)
+    }
+
+    /// Copies `rows` of a step to the buffers.
+    fn gather(
+        &mut self,
+        backend: &B,
+        residual: &B::Buffer,
+        addend: &B::Buffer,
+        rows: &[usize],
+    ) -> Result<(), KernelError> {
+        let indices: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+        backend.write_indices(&indices, &mut self.rows)?;
+        for (input, output) in [(residual, &mut self.residual), (addend, &mut self.addend)] {
+            let (rows, count, width) = (&self.rows, rows.len(), self.hidden);
+            backend.gather_rows(gather_rows::Args { input, rows, output, count, width })?;
+        }
+        Ok(())
     }
 
     /// The logits of every row of `hidden`, `[rows, hidden_size]`: the residual stream behind the last layer,
@@ -173,6 +206,13 @@ impl<B: Backend> OutputStage<B> {
         add: bool,
         values: &mut [f32],
     ) -> Result<(), KernelError> {
+        self.norm(backend, rows, add)?;
+        head.forward(backend, &self.normed, &mut self.logits, rows)?;
+        backend.read(&self.logits, 0..rows * self.vocabulary, values)
+    }
+
+    /// Norm of the first `rows` rows of the buffers.
+    fn norm(&mut self, backend: &B, rows: usize, add: bool) -> Result<(), KernelError> {
         backend.rms_norm(rms_norm::Args {
             residual: &mut self.residual,
             addend: add.then_some(&self.addend),
@@ -181,8 +221,6 @@ impl<B: Backend> OutputStage<B> {
             rows,
             width: self.hidden,
             epsilon: self.epsilon,
-        })?;
-        head.forward(backend, &self.normed, &mut self.logits, rows)?;
-        backend.read(&self.logits, 0..rows * self.vocabulary, values)
+        })
     }
 }

@@ -87,6 +87,8 @@ fn check(batch: &Batch, limits: BatchLimits) -> Result<(), BatchError> {
     require(token.is_none(), &|| format!("token {token:?} is not below {}", limits.vocabulary))?;
     let logit_row = batch.logit_rows.iter().find(|&&row| row >= rows);
     require(logit_row.is_none(), &|| format!("logits of row {logit_row:?} wanted, of {rows} rows"))?;
+    let hidden_row = batch.hidden_rows.iter().find(|&&row| row >= rows);
+    require(hidden_row.is_none(), &|| format!("hidden states of row {hidden_row:?} wanted, of {rows} rows"))?;
     let mut next_row = 0;
     for sequence in &batch.sequences {
         let end = sequence.first_position + sequence.rows;

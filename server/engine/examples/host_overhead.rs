@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nibble_engine::{
     Engine, EngineConfig, EventSink, Request, RequestEvent, RunnerLimits, SamplingParameters, SinkState,
-    StepError, StepRunner,
+    StepError, StepRunner, StepValues,
 };
 use nibble_model::forward::{Batch, Logits};
 
@@ -35,10 +35,11 @@ impl StepRunner for NullRunner {
             vocabulary_size: self.vocabulary_size,
             maximum_sequence_tokens: 65_536,
             eos_token_ids: vec![],
+            hidden_size: None,
         }
     }
 
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError> {
         let decodes = batch.token_ids.len() == self.sequences && batch.logit_rows.len() == self.sequences;
         if let (true, Some(returned)) = (decodes, self.returned) {
             // The receiver lives until the engine has ended.
@@ -47,7 +48,7 @@ impl StepRunner for NullRunner {
         let rows = batch.logit_rows.len();
         let values = self.row.repeat(rows);
         self.returned = Some(Instant::now());
-        Ok(Logits { rows, vocabulary: self.vocabulary_size, values })
+        Ok(Logits { rows, vocabulary: self.vocabulary_size, values }.into())
     }
 }
 

@@ -96,6 +96,7 @@ fn check_limits(limits: &RunnerLimits) -> Result<(), StartError> {
     let valid = tokens.is_some_and(|tokens| tokens > 0 && u32::try_from(tokens).is_ok())
         && limits.maximum_sequence_tokens >= 2
         && limits.vocabulary_size > 0
+        && limits.hidden_size != Some(0)
         && limits.eos_token_ids.iter().all(|&token| (token as usize) < limits.vocabulary_size);
     if valid { Ok(()) } else { Err(StartError::Limits(limits.clone())) }
 }

@@ -11,7 +11,7 @@ use crate::engine::{EngineFailure, panic_message};
 use crate::handle::{Command, Health, Shared, Submission};
 use crate::ledger::Ledger;
 use crate::request::{RequestEvent, RequestId, SinkState};
-use crate::runner::{StepError, StepRunner};
+use crate::runner::{RunnerLimits, StepError, StepRunner, StepValues};
 use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::stats::EngineStats;
@@ -108,20 +108,20 @@ impl EngineThread {
         let plan = self.scheduler.schedule(self.now());
         self.publish();
         let Some(plan) = plan else { return Ok(()) };
-        let logits = self.execute(&plan)?;
-        check_logits(&logits, &plan.batch, self.shared.limits.vocabulary_size)?;
+        let StepValues { logits, hidden_states } = self.execute(&plan)?;
+        check_values(&logits, &hidden_states, &plan.batch, &self.shared.limits)?;
         // Those aborted meanwhile end with this step, without another token.
         self.take_commands();
         let next_tokens = self.next_tokens(&plan, &logits);
         self.working_since = Some(Instant::now());
-        let output = StepOutput { plan, next_tokens, completed_at: self.now() };
+        let output = StepOutput { plan, next_tokens, hidden_states, completed_at: self.now() };
         self.scheduler.complete(output, &mut self.effects);
         self.send_effects();
         Ok(())
     }
 
-    /// Computes the logits of `plan`. Meanwhile constraints say which tokens may come.
-    fn execute(&mut self, plan: &StepPlan) -> Result<Logits, StepError> {
+    /// Computes `plan`. Meanwhile constraints say which tokens may come.
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepValues, StepError> {
         let mut constrained = self.scheduler.constrained(plan);
         if constrained.is_empty() {
             return self.runner.execute(&plan.batch);
@@ -222,6 +222,9 @@ impl EngineThread {
                             self.logprobs[logit_rows].iter_mut().filter_map(Option::take).collect();
                         self.tell(request, RequestEvent::PromptLogprobs { logprobs });
                     }
+                    EffectKind::Embedding { values } => {
+                        self.tell(request, RequestEvent::Embedding { values });
+                    }
                     EffectKind::Token { token_id, logit_row } => {
                         let logprobs = self.logprobs[logit_row].take();
                         self.tell(request, RequestEvent::Token { token_id, logprobs });
@@ -303,9 +306,21 @@ impl EngineThread {
     }
 }
 
-/// Refuses logits that are not those of `batch`.
-fn check_logits(logits: &Logits, batch: &Batch, vocabulary_size: usize) -> Result<(), StepError> {
-    let rows = batch.logit_rows.len();
+/// Refuses logits and hidden states that are not those of `batch`.
+fn check_values(
+    logits: &Logits,
+    hidden_states: &[f32],
+    batch: &Batch,
+    limits: &RunnerLimits,
+) -> Result<(), StepError> {
+    let (rows, vocabulary_size) = (batch.logit_rows.len(), limits.vocabulary_size);
+    let (hidden_rows, hidden_size) = (batch.hidden_rows.len(), limits.hidden_size.unwrap_or(0));
+    if hidden_states.len() != hidden_rows * hidden_size {
+        return Err(StepError::new(format!(
+            "the runner returned {} values of hidden states, expected {hidden_rows} rows of {hidden_size}",
+            hidden_states.len()
+        )));
+    }
     if logits.rows == rows
         && logits.vocabulary == vocabulary_size
         && logits.values.len() == rows * vocabulary_size

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::request::{EventSink, Request, RequestId};
 use crate::runner::RunnerLimits;
-use crate::sampling::{InvalidParameter, in_vocabulary};
+use crate::sampling::{InvalidParameter, SamplingParameters, in_vocabulary};
 use crate::stats::EngineStats;
 
 /// How the engine runs; see each field for what it trades.
@@ -58,6 +58,9 @@ pub enum SubmitError {
     /// A prompt token or a sampling parameter is outside its range.
     #[error(transparent)]
     Invalid(#[from] InvalidParameter),
+    /// The runner gives no hidden states.
+    #[error("this engine's runner gives no hidden states to make an embedding of")]
+    NoEmbeddings,
     /// The sequence could never be held, whatever else runs.
     #[error(
         "the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together more than the \
@@ -218,7 +221,10 @@ impl EngineHandle {
             return Err(SubmitError::EmptyPrompt);
         }
         let vocabulary_size = self.shared.limits.vocabulary_size;
-        request.sampling.check(vocabulary_size)?;
+        match request.pooling {
+            None => request.sampling.check(vocabulary_size)?,
+            Some(_) => self.check_embedding(&request.sampling)?,
+        }
         for &token_id in &request.prompt {
             in_vocabulary("prompt", token_id, vocabulary_size)?;
         }
@@ -228,6 +234,25 @@ impl EngineHandle {
         // Even a prompt that nothing is generated after needs its place in the cache.
         if prompt_tokens.saturating_add(max_tokens.max(1)) > maximum_tokens {
             return Err(SubmitError::TooLong { prompt_tokens, max_tokens, maximum_tokens });
+        }
+        Ok(())
+    }
+
+    /// Refuses what does not go together with an embedding.
+    fn check_embedding(&self, sampling: &SamplingParameters) -> Result<(), SubmitError> {
+        if self.shared.limits.hidden_size.is_none() {
+            return Err(SubmitError::NoEmbeddings);
+        }
+        let expected = || "nothing to generate or to score beside an embedding".to_owned();
+        for (parameter, found) in [
+            ("max_tokens", Some(sampling.max_tokens).filter(|&tokens| tokens > 0)),
+            ("prompt_logprobs", sampling.prompt_logprobs),
+        ] {
+            if let Some(found) = found {
+                return Err(
+                    InvalidParameter { parameter, found: found.to_string(), expected: expected() }.into()
+                );
+            }
         }
         Ok(())
     }

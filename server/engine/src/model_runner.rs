@@ -1,9 +1,9 @@
 //! The model on a backend, as the engine runs it.
 
 use nibble_kernels::backend::Backend;
-use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model};
+use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Model, ModelError};
 
-use crate::runner::{RunnerLimits, StepError, StepRunner};
+use crate::runner::{RunnerLimits, StepError, StepRunner, StepValues};
 
 /// A model and its KV cache.
 pub struct ModelRunner<B: Backend> {
@@ -32,10 +32,17 @@ where
             vocabulary_size: config.vocabulary_size,
             maximum_sequence_tokens: self.model.max_positions(),
             eos_token_ids: config.eos_token_ids.clone(),
+            hidden_size: Some(config.hidden_size),
         }
     }
 
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
-        self.model.forward(batch, &mut self.cache).map_err(|error| StepError::new(error.to_string()))
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError> {
+        let failed = |error: ModelError| StepError::new(error.to_string());
+        let logits = self.model.forward(batch, &mut self.cache).map_err(failed)?;
+        if batch.hidden_rows.is_empty() {
+            return Ok(logits.into());
+        }
+        let hidden_states = self.model.hidden_states(batch).map_err(failed)?;
+        Ok(StepValues { logits, hidden_states })
     }
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use nibble_model::pooling_config::Pooling;
+
 use crate::constraint::TokenConstraint;
 use crate::sampling::{SamplingParameters, TokenLogprobs};
 
@@ -25,6 +27,8 @@ pub struct Request {
     pub sampling: SamplingParameters,
     /// Restricts the completion, at its beginning.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// Make an embedding of the prompt, and generate nothing.
+    pub pooling: Option<Pooling>,
     /// Requests with lower numbers are served first.
     pub priority: i32,
     /// Only requests with the same salt share keys and values of equal prefixes.
@@ -34,7 +38,13 @@ pub struct Request {
 impl Request {
     /// A request for a completion of `prompt` without anything else.
     pub fn new(prompt: Vec<u32>, sampling: SamplingParameters) -> Self {
-        Self { prompt, sampling, constraint: None, priority: 0, cache_salt: None }
+        Self { prompt, sampling, constraint: None, pooling: None, priority: 0, cache_salt: None }
+    }
+
+    /// A request for an embedding of `prompt`.
+    pub fn embedding(prompt: Vec<u32>, pooling: Pooling) -> Self {
+        let nothing = SamplingParameters { max_tokens: 0, ..SamplingParameters::default() };
+        Self { pooling: Some(pooling), ..Self::new(prompt, nothing) }
     }
 }
 
@@ -58,6 +68,11 @@ pub enum RequestEvent {
     PromptLogprobs {
         /// One for each of the next tokens.
         logprobs: Vec<TokenLogprobs>,
+    },
+    /// The embedding, of a request that asked for one; the end follows.
+    Embedding {
+        /// The pooled hidden states behind the final norm, not normalized.
+        values: Vec<f32>,
     },
     /// The next token of the completion. The token that stops a sequence is not sent as one: it is in
     /// [`RequestEvent::Finished`].

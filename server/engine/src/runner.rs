@@ -1,4 +1,4 @@
-//! The one dynamic seam of the engine: something that computes the logits of a step.
+//! The one dynamic seam of the engine: something that computes a step.
 
 use nibble_model::forward::{Batch, Logits};
 
@@ -15,6 +15,23 @@ pub struct RunnerLimits {
     pub maximum_sequence_tokens: usize,
     /// Tokens that end a sequence unless the request ignores them.
     pub eos_token_ids: Vec<u32>,
+    /// Numbers in a hidden state, if the runner gives any: without, there are no embeddings.
+    pub hidden_size: Option<usize>,
+}
+
+/// What a step computed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepValues {
+    /// One row for each of [`Batch::logit_rows`], in that order.
+    pub logits: Logits,
+    /// One hidden state, behind the final norm, for each of [`Batch::hidden_rows`], row after row in that order.
+    pub hidden_states: Vec<f32>,
+}
+
+impl From<Logits> for StepValues {
+    fn from(logits: Logits) -> Self {
+        Self { logits, hidden_states: Vec::new() }
+    }
 }
 
 /// A step could not be computed. The runner's state is unknown after it: the engine stops.
@@ -31,16 +48,15 @@ impl StepError {
     }
 }
 
-/// Computes the logits of a step. Its KV cache persists from step to step under the block numbers that
+/// Computes the logits and hidden states of a step. Its KV cache persists from step to step under the block numbers that
 /// the batches name.
 pub trait StepRunner: Send {
     /// What the runner can hold.
     fn limits(&self) -> RunnerLimits;
 
-    /// Writes keys and values of every row of `batch` into the cache and returns one row of logits for each
-    /// of [`Batch::logit_rows`], in that order.
+    /// Writes keys and values of every row of `batch` into the cache and returns what the batch wants to know.
     ///
     /// # Errors
     /// When the device or the model failed; no later step is tried.
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError>;
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError>;
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::blocks::{BlockId, BlockPool};
 use crate::constraint::{ConstraintError, TokenConstraint, TokenMask};
+use crate::pooling::Pool;
 use crate::request::{FinishReason, Request, RequestId};
 use crate::sampling::SamplingParameters;
 use crate::scheduler::StepId;
@@ -57,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) times: Times,
     /// Positions of the prompt whose logits are still wanted, for the log probability of the token after each.
     unscored: Range<usize>,
+    /// The hidden states of the prompt, if an embedding is wanted.
+    pool: Option<Pool>,
     /// The prompt, then the completion.
     tokens: Vec<u32>,
     prompt_tokens: usize,
@@ -78,6 +81,7 @@ impl Sequence {
         seed: u64,
         submitted: Duration,
     ) -> Self {
+        let pool = Pool::new(&request);
         let Request { prompt, sampling, constraint, .. } = request;
         // Nothing comes after the last token of the prompt that is known.
         let scored = if sampling.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
@@ -97,6 +101,7 @@ impl Sequence {
             computed: 0,
             times: Times { submitted, started: None, first_token: None },
             unscored: 0..scored,
+            pool,
             prompt_tokens: prompt.len(),
             prompt_tokens_counted: 0,
             tokens: prompt,
@@ -156,7 +161,25 @@ impl Sequence {
 
     /// Whether a step that computes its next `tokens` tokens can sample one more.
     pub(crate) fn samples_after(&self, tokens: usize) -> bool {
-        tokens == self.remaining()
+        tokens == self.remaining() && !self.embeds()
+    }
+
+    /// Whether an embedding is made of its prompt, and nothing generated.
+    pub(crate) fn embeds(&self) -> bool {
+        self.pool.is_some()
+    }
+
+    /// Of its next `tokens` tokens to compute, those whose hidden states are wanted: the last ones.
+    pub(crate) fn pooled_within(&self, tokens: usize) -> usize {
+        let Some(pool) = &self.pool else { return 0 };
+        (self.computed + tokens).saturating_sub(pool.wanted_from().max(self.computed))
+    }
+
+    /// Takes the hidden states of the next `tokens` tokens of the prompt; the embedding if these were the last.
+    pub(crate) fn pool(&mut self, tokens: usize, hidden_states: &[f32]) -> Option<Result<Vec<f32>, String>> {
+        let pool = self.pool.as_mut()?;
+        pool.add(tokens, hidden_states);
+        (pool.wanted_from() == self.prompt_tokens).then(|| pool.finish())
     }
 
     /// Of its next `tokens` tokens to compute, those whose logits are wanted for log probabilities of the prompt:
@@ -179,9 +202,11 @@ impl Sequence {
         self.unscored.start += rows;
     }
 
-    /// Whether it can use keys and values that are in the cache: tokens whose logits are wanted must be computed.
+    /// Whether it can use keys and values that are in the cache: tokens whose logits or hidden states are wanted must be
+    /// computed; those of the last token always are.
     pub(crate) fn reads_cache(&self) -> bool {
-        self.unscored.is_empty()
+        let pooled = self.pool.as_ref().is_none_or(|pool| pool.wanted_from() + 1 >= self.prompt_tokens);
+        self.unscored.is_empty() && pooled
     }
 
     /// Records that `tokens` more tokens were computed; returns how many tokens of the prompt are in the cache

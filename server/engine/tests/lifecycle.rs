@@ -51,7 +51,8 @@ fn an_abort_during_a_step_ends_the_request_with_that_step_and_without_its_token(
             prompt_tokens,
             completion_tokens: 0,
         };
-        let nothing = Completion { token_ids: vec![], logprobs: vec![], prompt_logprobs: vec![], end };
+        let nothing =
+            Completion { token_ids: vec![], logprobs: vec![], prompt_logprobs: vec![], embedding: None, end };
         assert_eq!(stream.finish(), nothing);
     }
     assert_eq!(handle.stats().steps, 1);

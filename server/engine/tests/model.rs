@@ -5,7 +5,7 @@ mod support;
 
 use std::path::Path;
 
-use nibble_engine::{Engine, EngineConfig, EngineStats, ModelRunner, Request, SamplingParameters};
+use nibble_engine::{Engine, EngineConfig, EngineStats, ModelRunner, Pooling, Request, SamplingParameters};
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
@@ -25,10 +25,14 @@ fn request(seed: u64) -> Request {
         seed: Some(seed),
         ignore_eos: true,
         logprobs: Some(4),
-        prompt_logprobs: (seed % 2 == 0).then_some(3),
+        prompt_logprobs: seed.is_multiple_of(2).then_some(3),
         ..Default::default()
     };
-    Request::new(prompt, sampling)
+    match seed % 10 {
+        8 => Request::embedding(prompt, Pooling::Mean),
+        9 => Request::embedding(prompt, Pooling::Last),
+        _ => Request::new(prompt, sampling),
+    }
 }
 
 /// Runs requests together on a new engine.
@@ -62,7 +66,11 @@ fn run(
     assert_eq!(finish(submit()), completions, "with prefixes cached");
     let stats = handle.stats();
     // Prompts have at least 5 tokens, and those of 17 and more fill a block before their last token.
-    let room = blocks >= 16 && seeds.iter().any(|&seed| seed % 2 == 1 && request(seed).prompt.len() > 16);
+    let reads_cache = |request: &Request| {
+        request.sampling.prompt_logprobs.is_none() && request.pooling != Some(Pooling::Mean)
+    };
+    let may_hit = |&seed: &u64| reads_cache(&request(seed)) && request(seed).prompt.len() > 16;
+    let room = blocks >= 16 && seeds.iter().any(may_hit);
     assert!(!room || stats.prefix_cache_hits > hits, "prefixes are found");
     drop(handle);
     assert_eq!(engine.join(), Ok(()));
@@ -80,8 +88,11 @@ fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preemp
         .collect();
     for (request_seed, completion) in seeds.iter().zip(&alone) {
         assert_eq!(completion.token_ids.len(), request(*request_seed).sampling.max_tokens);
+        assert_eq!(completion.embedding.is_some(), request(*request_seed).pooling.is_some());
         assert!(completion.logprobs.iter().flatten().all(|logprobs| logprobs.logprob.is_finite()));
-        let scored = if request_seed % 2 == 0 { request(*request_seed).prompt.len() - 1 } else { 0 };
+        let request = request(*request_seed);
+        let is_scored = request.sampling.prompt_logprobs.is_some();
+        let scored = if is_scored { request.prompt.len() - 1 } else { 0 };
         assert_eq!(completion.prompt_logprobs.len(), scored);
         assert!(completion.prompt_logprobs.iter().all(|logprobs| logprobs.logprob.is_finite()));
     }

@@ -70,7 +70,7 @@ impl Answer {
     fn whole(mut self, choices: Vec<CompletedChoice>, usage: Usage) -> ChatResponse {
         let (mut prompt_logprobs, mut prompt_token_ids) = (None, None);
         let choice = |(index, choice): (usize, CompletedChoice)| {
-            let CompletedChoice { text, prompt, tokens, finish } = choice;
+            let CompletedChoice { text, prompt, tokens, finish, .. } = choice;
             let delta = self.parse(index, &text, true);
             let tool_calls: Vec<ToolCall> =
                 delta.calls.into_iter().map(|(_, call)| tool_call(call)).collect();
@@ -159,7 +159,7 @@ impl Chunks for Answer {
     }
 
     fn event(&mut self, event: ChoiceEvent, usage: Option<Usage>) -> Option<ChatChunk> {
-        let ChoiceEvent { choice: index, text, prompt, tokens, finish } = event;
+        let ChoiceEvent { choice: index, text, prompt, tokens, finish, .. } = event;
         let delta = self.parse(index, &text, finish.is_some());
         let logprobs = self.writer().chat(&tokens);
         let token_ids = self.writer().ids(&tokens);

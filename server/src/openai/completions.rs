@@ -40,8 +40,9 @@ pub(crate) async fn completions(
         Delivery::Whole => {
             let (choices, usage) = generation.collect().await?;
             let choices = choices.into_iter().enumerate().map(|(index, choice)| {
-                let CompletedChoice { text, prompt, tokens, finish } = choice;
-                answer.choice(ChoiceEvent { choice: index, text, prompt, tokens, finish: Some(finish) })
+                let CompletedChoice { text, prompt, tokens, embedding, finish } = choice;
+                let finish = Some(finish);
+                answer.choice(ChoiceEvent { choice: index, text, prompt, tokens, embedding, finish })
             });
             Ok(Json(answer.response(choices.collect(), Some(usage))).into_response())
         }
@@ -59,7 +60,7 @@ struct Answer {
 
 impl Answer {
     fn choice(&self, event: ChoiceEvent) -> CompletionChoice {
-        let ChoiceEvent { choice, text, prompt, tokens, finish } = event;
+        let ChoiceEvent { choice, text, prompt, tokens, finish, .. } = event;
         let writer = LogprobWriter { tokenizer: &self.tokenizer, presentation: self.presentation };
         CompletionChoice {
             index: choice,

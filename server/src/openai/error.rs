@@ -105,6 +105,11 @@ impl ApiError {
         let message = error.to_string();
         match error {
             SubmitError::EmptyPrompt => Self::InvalidField { param: prompt.to_owned(), message },
+            SubmitError::NoEmbeddings => Self::InvalidField { param: "model".to_owned(), message },
+            // The engine's name for what came from this field.
+            SubmitError::Invalid(invalid) if invalid.parameter == "prompt" => {
+                Self::invalid(prompt, invalid.found, invalid.expected)
+            }
             SubmitError::Invalid(invalid) => {
                 Self::InvalidField { param: invalid.parameter.to_owned(), message }
             }

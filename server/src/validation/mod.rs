@@ -3,26 +3,29 @@
 //! Rendering a template and tokenizing take time that grows with the text: these functions belong on a thread
 //! that may block.
 
+mod presentation;
 mod prompts;
 mod sampling;
 
 use std::sync::Arc;
 
-use nibble_engine::{Request, SamplingParameters, SubmitError, TokenConstraint};
+use nibble_engine::{Pooling, Request, SamplingParameters, SubmitError, TokenConstraint};
 
 use crate::app::AppState;
 use crate::grammar::Grammar;
 use crate::openai::error::ApiError;
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::{CompletionRequest, Prompts};
+use crate::openai::types::embeddings::{EmbeddingRequest, PoolingField};
 use crate::openai::types::sampling::{GenerationFields, StreamOptions};
 use crate::openai::types::structured::StructuredOutput;
-use crate::reasoning::Thinking;
+use crate::reasoning::{Reasoning, Thinking};
 use crate::tools::Tools;
 
+pub(crate) use presentation::Presentation;
 pub(crate) use prompts::Prompt;
 use prompts::{Truncation, conversation, text_offsets};
-use sampling::{check_prompt_logprobs, logprobs, prompt_logprobs, sampling, stop_strings};
+use sampling::{check_prompt_logprobs, logprobs, sampling, stop_strings};
 
 /// Most choices of one request, over all of its prompts.
 const MAXIMUM_CHOICES: usize = 1024;
@@ -45,6 +48,8 @@ pub(crate) struct ValidRequest {
     tools: Option<Tools>,
     /// Where the model thinks, if it is known how it does.
     thinking: Option<Thinking>,
+    /// An embedding is wanted, not a completion.
+    pooling: Option<Pooling>,
     choices_per_prompt: usize,
     stop: Vec<String>,
     include_stop: bool,
@@ -56,30 +61,6 @@ pub(crate) struct ValidRequest {
     cache_salt: Option<Arc<str>>,
     /// The field that the prompts came from.
     prompt_field: &'static str,
-}
-
-/// What of an answer is shown beside its text.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Presentation {
-    /// This many log probabilities in the place of each token of the completion, and of the prompt with `echo`.
-    pub(crate) logprobs: Option<usize>,
-    /// The prompt is a part of the answer.
-    pub(crate) echo: bool,
-    /// This many log probabilities in the place of each token of the prompt.
-    pub(crate) prompt_logprobs: Option<usize>,
-    /// The ids of all tokens.
-    pub(crate) token_ids: bool,
-    /// Tokens in log probabilities go by their ids.
-    pub(crate) tokens_as_ids: bool,
-    /// What the model thinks.
-    pub(crate) reasoning: bool,
-}
-
-impl Presentation {
-    /// Whether anything of the prompt's tokens is shown.
-    pub(crate) fn shows_prompt(&self) -> bool {
-        self.token_ids || self.prompt_logprobs.is_some() || (self.echo && self.logprobs.is_some())
-    }
 }
 
 /// How the answer is delivered.
@@ -104,7 +85,8 @@ impl ValidRequest {
         model.check_name(fields.model.as_deref())?;
         let mut sampling = sampling(&fields, &model.generation_config, &model.tokenizer)?;
         sampling.logprobs = asked.map(|count| logprobs("logprobs", count)).transpose()?;
-        let presentation = presentation(&fields, echo, &mut sampling, model.engine.limits().vocabulary_size)?;
+        let presentation =
+            Presentation::new(&fields, echo, &mut sampling, model.engine.limits().vocabulary_size)?;
         let max_tokens = fields.max_tokens.map_or(DEFAULT_COMPLETION_TOKENS, |tokens| tokens as usize);
         if max_tokens == 0 && echo {
             // The engine generates nothing only for who wants to know something about the prompt.
@@ -158,7 +140,7 @@ impl ValidRequest {
         };
         let vocabulary_size = model.engine.limits().vocabulary_size;
         // An echo of a chat is that of its last message, without log probabilities.
-        let mut presentation = presentation(&request.generation, false, &mut sampling, vocabulary_size)?;
+        let mut presentation = Presentation::new(&request.generation, false, &mut sampling, vocabulary_size)?;
         presentation.reasoning = request.include_reasoning;
         let tools = Tools::new(
             state.tool_call_format,
@@ -171,7 +153,7 @@ impl ValidRequest {
         let thinking = state.reasoning.as_ref().map(|reasoning| reasoning.after_prompt(&conversation.text));
         let mut fields = request.generation;
         // Tags of calls and thoughts may be special tokens.
-        let shows_tags = tools.is_some() || state.reasoning.as_ref().is_some_and(|tags| tags.are_special());
+        let shows_tags = tools.is_some() || state.reasoning.as_ref().is_some_and(Reasoning::are_special);
         fields.skip_special_tokens &= !shows_tags;
         let grammar = chat_grammar(structured, tools.as_ref())?;
         let mut token_ids = model.tokenizer.encode(&conversation.text, request.add_special_tokens)?;
@@ -195,6 +177,33 @@ impl ValidRequest {
         }
         request.tools = tools;
         Ok(request)
+    }
+
+    /// Checks and tokenizes an embedding request.
+    pub(crate) fn embedding(state: &AppState, request: EmbeddingRequest) -> Result<Self, ApiError> {
+        let model = &state.model;
+        model.check_name(request.model.as_deref())?;
+        let truncation = Truncation::new(request.truncate_prompt_tokens, model.engine.maximum_tokens(), 0)?;
+        let of_tokens = |mut token_ids: Vec<u32>| {
+            truncation.apply(&mut token_ids);
+            Prompt { token_ids, echo: String::new(), text_offsets: Vec::new(), max_tokens: 0 }
+        };
+        let encode = |text: String| model.tokenizer.encode(&text, request.add_special_tokens);
+        let inputs = request.input.token_ids(encode)?.into_iter().map(of_tokens).collect();
+        let fields = GenerationFields {
+            request_id: request.request_id,
+            cache_salt: request.cache_salt,
+            priority: request.priority,
+            ..GenerationFields::default()
+        };
+        let nothing = SamplingParameters { max_tokens: 0, ..SamplingParameters::default() };
+        let mut valid = Self::new(state, inputs, fields, nothing, Presentation::default(), "input")?;
+        valid.pooling = Some(match request.pooling {
+            Some(PoolingField::Mean) => Pooling::Mean,
+            Some(PoolingField::Last) => Pooling::Last,
+            None => model.pooling,
+        });
+        Ok(valid)
     }
 
     /// Demands that completions are texts of `grammar`, which comes from the field `param`; after what the model
@@ -262,6 +271,7 @@ impl ValidRequest {
             constraint: None,
             tools: None,
             thinking: None,
+            pooling: None,
             choices_per_prompt,
             include_stop: fields.include_stop_str_in_output,
             skip_special_tokens: fields.skip_special_tokens,
@@ -287,13 +297,18 @@ impl ValidRequest {
 
     /// What the engine runs for a choice of a prompt. With a seed, each choice has its own: seed, seed + 1, ...
     pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize) -> Request {
+        let (priority, cache_salt) = (self.priority, self.cache_salt.clone());
+        if let Some(pooling) = self.pooling {
+            let request = Request::embedding(prompt.token_ids.clone(), pooling);
+            return Request { priority, cache_salt, ..request };
+        }
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
         Request {
             constraint: self.constraint.clone(),
-            priority: self.priority,
-            cache_salt: self.cache_salt.clone(),
+            priority,
+            cache_salt,
             ..Request::new(prompt.token_ids.clone(), sampling)
         }
     }
@@ -347,25 +362,6 @@ impl ValidRequest {
     pub(crate) fn prompt_field(&self) -> &'static str {
         self.prompt_field
     }
-}
-
-/// What the fields want to see, and what the engine must compute for it.
-fn presentation(
-    fields: &GenerationFields,
-    echo: bool,
-    sampling: &mut SamplingParameters,
-    vocabulary_size: usize,
-) -> Result<Presentation, ApiError> {
-    let prompt_logprobs = prompt_logprobs(fields, vocabulary_size)?;
-    sampling.prompt_logprobs = prompt_logprobs.max(sampling.logprobs.filter(|_| echo));
-    Ok(Presentation {
-        logprobs: sampling.logprobs,
-        echo,
-        prompt_logprobs,
-        token_ids: fields.return_token_ids,
-        tokens_as_ids: fields.return_tokens_as_token_ids,
-        reasoning: true,
-    })
 }
 
 /// A text that names something; neither empty nor long.

@@ -49,6 +49,16 @@ pub(super) fn sampling(
             Ok((id, bias))
         })
         .collect::<Result<_, _>>()?;
+    let bad_words = bad_words(&fields.bad_words, tokenizer)?;
+    let is_bad = |&token: &u32| bad_words.iter().any(|word| *word == [token]);
+    if fields
+        .allowed_token_ids
+        .as_ref()
+        .is_some_and(|allowed| !allowed.is_empty() && allowed.iter().all(is_bad))
+    {
+        let expected = "at least one token that is not among bad_words";
+        return Err(ApiError::invalid("allowed_token_ids", "nothing but bad words", expected));
+    }
     Ok(SamplingParameters {
         min_tokens: fields.min_tokens.map_or(default.min_tokens, |tokens| tokens as usize),
         temperature: fields.temperature.or(of_model.temperature).unwrap_or(default.temperature),
@@ -63,7 +73,7 @@ pub(super) fn sampling(
         presence_penalty: fields.presence_penalty.unwrap_or(default.presence_penalty),
         logit_bias,
         allowed_token_ids: fields.allowed_token_ids.clone(),
-        bad_words: bad_words(&fields.bad_words, tokenizer)?,
+        bad_words,
         seed: fields.seed.map(i64::cast_unsigned),
         stop_token_ids: fields.stop_token_ids.clone(),
         ignore_eos: fields.ignore_eos,

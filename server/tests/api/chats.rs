@@ -156,6 +156,10 @@ async fn only_allowed_tokens_come_and_bad_words_never() {
     assert_eq!(server.ok(COMPLETIONS, body).await["choices"][0]["text"], "cd?");
     let body = json!({"prompt": "b", "allowed_token_ids": [100], "bad_words": ["d"]});
     let (status, answer) = server.post(COMPLETIONS, body).await;
+    assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!("allowed_token_ids")));
+    // This one shows only when the first token is there.
+    let body = json!({"prompt": "b", "allowed_token_ids": [100], "bad_words": ["dd"]});
+    let (status, answer) = server.post(COMPLETIONS, body).await;
     let message = answer["error"]["message"].as_str().unwrap();
     assert_eq!(status.as_u16(), 503);
     assert!(message.contains("allowed_token_ids") && message.contains("bad_words"), "{message}");

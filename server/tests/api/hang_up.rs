@@ -80,6 +80,20 @@ async fn in_prefill() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_a_prompt_is_scored_or_embedded() {
+    let text = "a".repeat(100);
+    for (path, body) in [
+        (COMPLETIONS, json!({"prompt": text, "echo": true, "logprobs": 1, "max_tokens": 0})),
+        (CHAT, json!({"messages": [{"role": "user", "content": text}], "prompt_logprobs": 2})),
+        ("/v1/embeddings", json!({"input": text, "pooling": "mean"})),
+    ] {
+        let engine = EngineConfig { max_prefill_chunk_tokens: 8, ..EngineConfig::default() };
+        let (server, gate) = Server::gated(Options { engine, ..Options::default() });
+        frees_its_sequences(&server, &gate, path, &body, 2).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn while_waiting_in_the_queue() {
     for stream in [false, true] {
         let (server, gate) = Server::gated(one_at_a_time());

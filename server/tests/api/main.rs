@@ -3,6 +3,7 @@
 mod answers;
 mod anything;
 mod chats;
+mod embeddings;
 mod hang_up;
 mod prompts;
 mod refusals;

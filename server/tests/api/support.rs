@@ -10,7 +10,9 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
-use nibble_engine::{Engine, EngineConfig, EngineHandle, EngineStats, RunnerLimits, StepError, StepRunner};
+use nibble_engine::{
+    Engine, EngineConfig, EngineHandle, EngineStats, Pooling, RunnerLimits, StepError, StepRunner, StepValues,
+};
 use nibble_model::chat_template::ChatTemplate;
 use nibble_model::config::ModelConfig;
 use nibble_model::forward::{Batch, Logits};
@@ -67,6 +69,7 @@ pub(crate) struct Options {
     pub(crate) chat_template: Option<&'static str>,
     pub(crate) server: ServerOptions,
     pub(crate) generation_config: GenerationConfig,
+    pub(crate) hidden_size: Option<usize>,
 }
 
 impl Default for Options {
@@ -78,6 +81,7 @@ impl Default for Options {
             chat_template: Some(TEMPLATE),
             server: ServerOptions::default(),
             generation_config: GenerationConfig::default(),
+            hidden_size: Some(4),
         }
     }
 }
@@ -95,10 +99,11 @@ impl StepRunner for AlphabetRunner {
             vocabulary_size: VOCABULARY,
             maximum_sequence_tokens: MAXIMUM_TOKENS,
             eos_token_ids: vec![END],
+            hidden_size: self.options.hidden_size,
         }
     }
 
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError> {
         if let Some((say_waits, permits)) = &self.gate
             && say_waits.send(()).is_ok()
         {
@@ -119,7 +124,10 @@ impl StepRunner for AlphabetRunner {
             logits[next(batch.token_ids[row]) as usize] = 10.0;
             values.extend(logits);
         }
-        Ok(Logits { rows: batch.logit_rows.len(), vocabulary: VOCABULARY, values })
+        let logits = Logits { rows: batch.logit_rows.len(), vocabulary: VOCABULARY, values };
+        // The token, its position, 3 and 4.
+        let hidden = |&row: &usize| [batch.token_ids[row] as f32, batch.positions[row] as f32, 3.0, 4.0];
+        Ok(StepValues { logits, hidden_states: batch.hidden_rows.iter().flat_map(hidden).collect() })
     }
 }
 
@@ -175,6 +183,7 @@ impl Server {
             tokenizer: Arc::new(tokenizer),
             chat_template: chat_template.map(Arc::new),
             generation_config,
+            pooling: Pooling::Last,
             engine: engine.clone(),
         };
         Self { router: nibble_server::router(model, server).unwrap(), engine }

@@ -1,5 +1,6 @@
 //! What must hold after every call of the scheduler; checked in tests and in the simulation.
 
+use super::plan::PlannedRows;
 use super::{Scheduler, StepPlan};
 use crate::blocks::BlockId;
 use crate::sequence::SequenceState;
@@ -91,7 +92,7 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
     assert!(plan.entries.iter().any(|planned| planned.running == 0), "the oldest sequence gets on");
     assert_eq!(plan.entries.len(), batch.sequences.len(), "one entry for each sequence of the batch");
     let mut planned_times = vec![0; running.len()];
-    let (mut next_row, mut logit_rows) = (0, Vec::new());
+    let (mut next_row, mut logit_rows, mut hidden_rows) = (0, Vec::new(), Vec::new());
     for (planned, rows) in plan.entries.iter().zip(&batch.sequences) {
         let sequence = &running[planned.running];
         planned_times[planned.running] += 1;
@@ -112,7 +113,9 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
         assert!(end <= rows.block_table.len() * block_size, "every token has its place");
         let written = &sequence.blocks[rows.first_position / block_size..end.div_ceil(block_size)];
         assert!(written.iter().all(|&block| pool.holders(block) == 1), "no shared block is written to");
-        assert_eq!(planned.samples, end == sequence.tokens().len(), "the last known token is sampled from");
+        let is_last = end == sequence.tokens().len();
+        assert_eq!(planned.samples, is_last && !sequence.embeds(), "the last known token is sampled from");
+        hidden_rows.extend(next_row - planned.hidden..next_row);
         logit_rows.extend(next_row - planned.logits..next_row);
         if sequence.sampling.prompt_logprobs.is_none() {
             assert_eq!(planned.scored(), 0, "logits of a prompt are computed for who asks");
@@ -121,7 +124,8 @@ pub(super) fn check_plan(scheduler: &Scheduler, plan: &StepPlan) {
     assert_eq!(next_row, batch.token_ids.len(), "sequences cover all rows");
     assert_eq!(next_row, batch.positions.len(), "every row has a position");
     assert_eq!(logit_rows, batch.logit_rows, "logits are wanted of the last rows of each entry");
-    let scored: usize = plan.entries.iter().map(|planned| planned.scored()).sum();
+    assert_eq!(hidden_rows, batch.hidden_rows, "hidden states as well");
+    let scored: usize = plan.entries.iter().map(PlannedRows::scored).sum();
     assert!(scored <= config.max_prompt_logit_rows, "logits of prompts are within their budget");
     for (sequence, times) in running.iter().zip(planned_times) {
         assert!(times <= 1, "a sequence is planned once");

@@ -237,12 +237,13 @@ impl Scheduler {
     /// # Panics
     /// When the output is not that of the step in flight.
     pub(crate) fn complete(&mut self, output: StepOutput, effects: &mut Vec<Effect>) {
-        let StepOutput { plan, next_tokens, completed_at } = output;
+        let StepOutput { plan, next_tokens, hidden_states, completed_at } = output;
+        let width = hidden_states.len() / plan.batch.hidden_rows.len().max(1);
         assert_eq!(self.in_flight.take(), Some(plan.step), "the output of the step in flight");
         assert_eq!(next_tokens.len(), plan.batch.logit_rows.len(), "one outcome for each logit row");
         self.counters.steps += 1;
         self.counters.step_tokens.observe(plan.batch.token_ids.len() as f64);
-        let mut logit_row = 0;
+        let (mut logit_row, mut hidden_row) = (0, 0);
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             self.counters.prompt_tokens += sequence.advance(planned.tokens) as u64;
@@ -256,8 +257,15 @@ impl Scheduler {
                     first_logit_row: logit_row,
                 };
                 take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
+                let hidden = &hidden_states[hidden_row * width..(hidden_row + planned.hidden) * width];
+                if planned.hidden > 0
+                    && let Some(embedding) = sequence.pool(planned.hidden, hidden)
+                {
+                    take_embedding(sequence, embedding, completed_at, &mut self.counters, effects);
+                }
             }
             logit_row += planned.logits;
+            hidden_row += planned.hidden;
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
@@ -361,6 +369,7 @@ fn take_outcome(
         effects.push(Effect { request, kind: EffectKind::PromptLogprobs { logit_rows } });
     }
     let Some(&Ok(token_id)) = outcome.next_tokens.get(outcome.scored) else { return };
+    let first_token = observe_prefill(sequence, now, counters);
     if sequence.sampling.max_tokens == 0 {
         // The prompt was all that was wanted.
         sequence.state = SequenceState::Ended;
@@ -369,11 +378,6 @@ fn take_outcome(
         return;
     }
     counters.generation_tokens += 1;
-    let started = sequence.times.started.unwrap_or(now);
-    if sequence.times.first_token.is_none() {
-        counters.prefill_seconds.observe_between(started, now);
-    }
-    let first_token = *sequence.times.first_token.get_or_insert(now);
     let reason = sequence.append(token_id);
     if reason != Some(FinishReason::Stop) {
         effects.push(Effect { request, kind: EffectKind::Token { token_id, logit_row } });
@@ -385,6 +389,39 @@ fn take_outcome(
         match reason {
             FinishReason::Stop => counters.finished.stop += 1,
             _ => counters.finished.length += 1,
+        }
+    }
+}
+
+/// Observes the time that the prompt took, once; returns when it was done.
+fn observe_prefill(sequence: &mut Sequence, now: Duration, counters: &mut EngineStats) -> Duration {
+    let started = sequence.times.started.unwrap_or(now);
+    if sequence.times.first_token.is_none() {
+        counters.prefill_seconds.observe_between(started, now);
+    }
+    *sequence.times.first_token.get_or_insert(now)
+}
+
+/// Ends a sequence that was to become an embedding.
+fn take_embedding(
+    sequence: &mut Sequence,
+    embedding: Result<Vec<f32>, String>,
+    now: Duration,
+    counters: &mut EngineStats,
+    effects: &mut Vec<Effect>,
+) {
+    let request = sequence.id;
+    sequence.state = SequenceState::Ended;
+    observe_prefill(sequence, now, counters);
+    match embedding {
+        Ok(values) => {
+            effects.push(Effect { request, kind: EffectKind::Embedding { values } });
+            effects.push(finish(sequence, FinishReason::Length, None));
+            counters.finished.length += 1;
+        }
+        Err(message) => {
+            effects.push(Effect { request, kind: EffectKind::Failed { message } });
+            counters.finished.failed += 1;
         }
     }
 }

@@ -21,6 +21,8 @@ pub(crate) struct PlannedRows {
     pub(crate) tokens: usize,
     /// Of these, the last ones whose logits are wanted.
     pub(crate) logits: usize,
+    /// Of these, the last ones whose hidden states are wanted.
+    pub(crate) hidden: usize,
     /// Whether the step computes its last known token, so that the next one can be sampled: from the last of its
     /// logits. The others tell the log probability of the token that follows in the prompt.
     pub(crate) samples: bool,
@@ -54,6 +56,7 @@ impl StepPlan {
         self.batch.token_ids.clear();
         self.batch.positions.clear();
         self.batch.logit_rows.clear();
+        self.batch.hidden_rows.clear();
         self.spare_tables.extend(self.batch.sequences.drain(..).map(|rows| rows.block_table));
     }
 
@@ -68,11 +71,13 @@ impl StepPlan {
         let samples = sequence.samples_after(tokens);
         let logits = sequence.scored_within(tokens) + usize::from(samples);
         batch.logit_rows.extend(first_row + tokens - logits..first_row + tokens);
+        let hidden = sequence.pooled_within(tokens);
+        batch.hidden_rows.extend(first_row + tokens - hidden..first_row + tokens);
         let mut block_table = self.spare_tables.pop().unwrap_or_default();
         block_table.clear();
         block_table.extend(sequence.blocks.iter().map(|block| block.0));
         batch.sequences.push(SequenceRows { first_row, rows: tokens, first_position, block_table });
-        self.entries.push(PlannedRows { running, tokens, logits, samples });
+        self.entries.push(PlannedRows { running, tokens, logits, hidden, samples });
     }
 }
 
@@ -83,22 +88,26 @@ pub(crate) struct StepOutput {
     /// For each of the plan's logit rows, in order: the token that follows it, sampled or known from the prompt,
     /// or why its logits are of no use.
     pub(crate) next_tokens: Vec<Result<u32, String>>,
+    /// The hidden states of the batch's hidden rows, one after the other.
+    pub(crate) hidden_states: Vec<f32>,
     /// When the step completed, since the start of the engine.
     pub(crate) completed_at: Duration,
 }
 
 /// Something to tell the owner of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Effect {
     pub(crate) request: RequestId,
     pub(crate) kind: EffectKind,
 }
 
 /// What to tell.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum EffectKind {
     /// The next tokens of the prompt have log probabilities, those of these logit rows of the step.
     PromptLogprobs { logit_rows: Range<usize> },
+    /// The embedding of the prompt.
+    Embedding { values: Vec<f32> },
     /// The next token, sampled from logit row `logit_row` of the step.
     Token { token_id: u32, logit_row: usize },
     /// The request ended; nothing follows. A stop token comes with the logit row that it was sampled from.

@@ -8,6 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::time::Duration;
 
+use nibble_model::pooling_config::Pooling;
 use proptest::prelude::{Strategy, any, prop, proptest};
 
 use super::invariants::{check, check_plan};
@@ -25,13 +26,23 @@ const STOP: u32 = 1;
 #[derive(Clone, Copy, Debug)]
 enum Event {
     /// A request arrives; lengths are cut to what fits. Prompts of a family begin alike.
-    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool, scores: bool },
+    Submit { family: u64, prompt_tokens: usize, max_tokens: usize, ignore_eos: bool, wants: Wants },
     /// A request is aborted, counted back from the youngest; it may have ended already.
     Abort { back: u64 },
     /// The step in flight completes, or the next one is planned.
     Turn,
     /// As `Turn`, and if a step completes, the first of its rows cannot be sampled.
     FailingTurn,
+}
+
+/// What a request is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    /// A token at least.
+    Completion,
+    /// The log probabilities of the prompt, and perhaps tokens.
+    Scores,
+    Embedding(Pooling),
 }
 
 /// What the owner of a request has seen of it, and what it may see.
@@ -41,6 +52,8 @@ struct Owner {
     seen_tokens: usize,
     /// Tokens of the prompt whose log probabilities it still wants.
     unscored: Range<usize>,
+    /// The embedding that it still wants.
+    embedding: Option<f32>,
     /// The number of completed steps at which it must have ended.
     ends_by_step: u64,
 }
@@ -83,6 +96,7 @@ impl World {
             vocabulary_size: 50,
             maximum_sequence_tokens: usize::MAX,
             eos_token_ids: vec![EOS],
+            hidden_size: Some(1),
         };
         Self {
             scheduler: Scheduler::new(&limits, config),
@@ -102,10 +116,13 @@ impl World {
     fn apply(&mut self, event: Event) {
         let mut effects = Vec::new();
         match event {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores } => {
-                // What is not scored generates one token at least.
-                let max_tokens = max_tokens + usize::from(!scores);
-                self.submit(family, prompt_tokens, max_tokens, ignore_eos, scores);
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, wants } => {
+                let max_tokens = match wants {
+                    Wants::Completion => max_tokens + 1,
+                    Wants::Scores => max_tokens,
+                    Wants::Embedding(_) => 0,
+                };
+                self.submit(family, prompt_tokens, max_tokens, ignore_eos, wants);
             }
             Event::Abort { back } => {
                 let id = RequestId(self.submitted.saturating_sub(1 + back));
@@ -136,7 +153,7 @@ impl World {
         prompt_tokens: usize,
         max_tokens: usize,
         ignore_eos: bool,
-        scores: bool,
+        wants: Wants,
     ) {
         let prompt_tokens = prompt_tokens.min(self.maximum_tokens - 1);
         let max_tokens = max_tokens.min(self.maximum_tokens - prompt_tokens);
@@ -150,16 +167,28 @@ impl World {
             max_tokens,
             ignore_eos,
             stop_token_ids: vec![STOP],
-            prompt_logprobs: scores.then_some(0),
+            prompt_logprobs: (wants == Wants::Scores).then_some(0),
             ..Default::default()
         };
-        self.scheduler.submit(id, Request::new(prompt, sampling), Duration::ZERO);
+        let (request, embedding) = match wants {
+            Wants::Completion | Wants::Scores => (Request::new(prompt, sampling), None),
+            Wants::Embedding(pooling) => {
+                // The hidden state of a token is its position, from 1.
+                let last = prompt_tokens as f32;
+                let embedding = if pooling == Pooling::Last { last } else { (last + 1.0) / 2.0 };
+                (Request::embedding(prompt, pooling), Some(embedding))
+            }
+        };
+        self.scheduler.submit(id, request, Duration::ZERO);
         // The oldest request gets on with every step, and never has to start again: each one ahead delays
         // this one by at most its own tokens. One step may be in flight already.
         let ahead: usize = self.owners.values().map(|owner| owner.prompt_tokens + owner.max_tokens).sum();
         let ends_by_step = self.completed_steps + (ahead + prompt_tokens + max_tokens) as u64 + 1;
-        let unscored = 0..if scores { prompt_tokens - 1 } else { 0 };
-        self.owners.insert(id, Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, ends_by_step });
+        let unscored = 0..if wants == Wants::Scores { prompt_tokens - 1 } else { 0 };
+        self.owners.insert(
+            id,
+            Owner { prompt_tokens, max_tokens, seen_tokens: 0, unscored, embedding, ends_by_step },
+        );
     }
 
     fn turn(&mut self, fails: bool, effects: &mut Vec<Effect>) {
@@ -193,7 +222,9 @@ impl World {
         if let (true, Some(first)) = (fails, next_tokens.first_mut()) {
             *first = Err("not finite".to_owned());
         }
-        self.scheduler.complete(StepOutput { plan, next_tokens, completed_at: now }, effects);
+        let hidden_rows = plan.batch.hidden_rows.iter();
+        let hidden_states = hidden_rows.map(|&row| plan.batch.positions[row] as f32 + 1.0).collect();
+        self.scheduler.complete(StepOutput { plan, next_tokens, hidden_states, completed_at: now }, effects);
         self.completed_steps += 1;
     }
 
@@ -229,6 +260,11 @@ impl World {
                 }
                 return;
             }
+            EffectKind::Embedding { values } => {
+                assert_eq!(Some(values[0]), owner.embedding.take(), "every token is pooled once");
+                assert_eq!(values.len(), 1);
+                return;
+            }
             EffectKind::Token { token_id, .. } => {
                 assert_eq!(*token_id, token(id, owner.seen_tokens), "tokens come in order, each once");
                 owner.seen_tokens += 1;
@@ -242,6 +278,7 @@ impl World {
                 assert_eq!(stop_token.is_some(), stopped == 1);
                 let aborted = *reason == FinishReason::Aborted;
                 assert!(owner.unscored.is_empty() || aborted, "the whole prompt is scored");
+                assert!(owner.embedding.is_none() || aborted, "the embedding comes before the end");
                 match reason {
                     FinishReason::Stop => {
                         let stop_token = stop_token.map(|(token_id, _)| token_id);
@@ -296,7 +333,12 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
                 prompt_tokens: 1 + below(30) as usize,
                 max_tokens: below(30) as usize,
                 ignore_eos: below(2) == 0,
-                scores: below(4) == 0,
+                wants: match below(8) {
+                    0 => Wants::Embedding(Pooling::Mean),
+                    1 => Wants::Embedding(Pooling::Last),
+                    2 | 3 => Wants::Scores,
+                    _ => Wants::Completion,
+                },
             },
             at if at < arrivals + aborts => Event::Abort { back: below(20) },
             99 => Event::FailingTurn,
@@ -343,10 +385,12 @@ fn the_same_calls_give_the_same_plans_and_effects() {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let submit = (0..3u64, 1..20usize, 0..20usize, any::<bool>(), any::<bool>());
+    const WANTS: [Wants; 4] =
+        [Wants::Completion, Wants::Scores, Wants::Embedding(Pooling::Mean), Wants::Embedding(Pooling::Last)];
+    let submit = (0..3u64, 1..20usize, 0..20usize, any::<bool>(), prop::sample::select(&WANTS[..]));
     proptest::prop_oneof![
-        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos, scores)| {
-            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, scores }
+        2 => submit.prop_map(|(family, prompt_tokens, max_tokens, ignore_eos, wants)| {
+            Event::Submit { family, prompt_tokens, max_tokens, ignore_eos, wants }
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
         6 => proptest::strategy::Just(Event::Turn),

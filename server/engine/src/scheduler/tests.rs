@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nibble_model::pooling_config::Pooling;
+
 use super::invariants::{check, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
@@ -19,6 +21,7 @@ fn scheduler(blocks: usize, config: EngineConfig) -> Scheduler {
         vocabulary_size: 10,
         maximum_sequence_tokens: 1000,
         eos_token_ids: vec![0],
+        hidden_size: Some(1),
     };
     Scheduler::new(&limits, &config)
 }
@@ -49,8 +52,9 @@ fn entries(scheduler: &Scheduler, plan: &StepPlan) -> Vec<(u64, usize)> {
 fn complete(scheduler: &mut Scheduler, plan: StepPlan, token_id: u32) -> Vec<Effect> {
     let next_tokens = plan.batch.logit_rows.iter().map(|_| Ok(token_id)).collect();
     let mut effects = Vec::new();
-    scheduler
-        .complete(StepOutput { plan, next_tokens, completed_at: Duration::from_secs(200) }, &mut effects);
+    let hidden_states = plan.batch.hidden_rows.iter().map(|&row| plan.batch.token_ids[row] as f32).collect();
+    let completed_at = Duration::from_secs(200);
+    scheduler.complete(StepOutput { plan, next_tokens, hidden_states, completed_at }, &mut effects);
     check(scheduler);
     effects
 }
@@ -351,4 +355,31 @@ fn a_prompt_that_is_only_scored_ends_with_its_last_row_and_leaves_the_cache_to_o
     submit_prompt(&mut scheduler, 2, (0..9).collect(), 1);
     assert_eq!(step(&mut scheduler), [(2, 1)], "the blocks of a scored prompt serve others");
     assert_eq!(scheduler.stats().prefix_cache_hits, 8);
+}
+
+#[test]
+fn an_embedding_is_made_of_the_last_token_or_of_all_and_only_the_latter_needs_them_computed() {
+    let mut scheduler = scheduler(100, config(100, 5));
+    submit_prompt(&mut scheduler, 0, (1..10).collect(), 1);
+    step(&mut scheduler);
+    step(&mut scheduler);
+    for (id, pooling, steps, value) in [(1, Pooling::Last, vec![1], 9.0), (2, Pooling::Mean, vec![5, 4], 5.0)]
+    {
+        scheduler.submit(RequestId(id), Request::embedding((1..10).collect(), pooling), Duration::ZERO);
+        let mut effects = Vec::new();
+        for tokens in steps {
+            let plan = schedule(&mut scheduler);
+            assert_eq!((plan.batch.token_ids.len(), plan.batch.logit_rows.len()), (tokens, 0), "{pooling:?}");
+            effects = complete(&mut scheduler, plan, TOKEN);
+        }
+        let finished = EffectKind::Finished {
+            reason: FinishReason::Length,
+            stop_token: None,
+            prompt_tokens: 9,
+            completion_tokens: 0,
+        };
+        let expected = [EffectKind::Embedding { values: vec![value] }, finished];
+        assert_eq!(effects, expected.map(|kind| Effect { request: RequestId(id), kind }));
+    }
+    assert_eq!(scheduler.stats().kv_blocks_used, 0);
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nibble_engine::{
     EngineHandle, EventSink, FinishReason, Request, RequestEvent, RequestId, RunnerLimits,
-    SamplingParameters, SinkState, StepError, StepRunner, SubmitError, TokenLogprobs,
+    SamplingParameters, SinkState, StepError, StepRunner, StepValues, SubmitError, TokenLogprobs,
 };
 use nibble_model::forward::{Batch, Logits};
 
@@ -37,6 +37,7 @@ pub(crate) struct Completion {
     pub(crate) logprobs: Vec<Option<TokenLogprobs>>,
     /// Of the prompt's tokens but the first, if asked for.
     pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
+    pub(crate) embedding: Option<Vec<f32>>,
     pub(crate) end: RequestEvent,
 }
 
@@ -65,12 +66,14 @@ impl Stream {
     /// Everything up to the terminal event, after which nothing may come.
     pub(crate) fn finish(self) -> Completion {
         let (mut token_ids, mut logprobs, mut prompt_logprobs) = (Vec::new(), Vec::new(), Vec::new());
+        let mut embedding = None;
         loop {
             match self.next() {
                 RequestEvent::PromptLogprobs { logprobs } => {
                     assert!(token_ids.is_empty(), "the prompt comes first");
                     prompt_logprobs.extend(logprobs);
                 }
+                RequestEvent::Embedding { values } => assert_eq!(embedding.replace(values), None),
                 RequestEvent::Token { token_id, logprobs: of_token } => {
                     token_ids.push(token_id);
                     logprobs.push(of_token);
@@ -78,7 +81,7 @@ impl Stream {
                 end => {
                     // The sink goes with its terminal event.
                     assert!(self.events.recv_timeout(PATIENCE).is_err(), "an event after {end:?}");
-                    return Completion { token_ids, logprobs, prompt_logprobs, end };
+                    return Completion { token_ids, logprobs, prompt_logprobs, embedding, end };
                 }
             }
         }
@@ -132,6 +135,9 @@ pub(crate) fn expected_greedy(request: &Request, vocabulary: usize, eos: &[u32])
     }
 }
 
+/// Numbers in a hidden state of a [`ScriptedRunner`].
+pub(crate) const HIDDEN_SIZE: usize = 3;
+
 /// What a [`ScriptedRunner`] does instead of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
@@ -176,7 +182,7 @@ impl<R: StepRunner> StepRunner for GatedRunner<R> {
         self.runner.limits()
     }
 
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError> {
         if self.say_waits.send(()).is_ok() {
             // An error means that the gate has gone.
             let _ = self.permits.recv();
@@ -210,6 +216,7 @@ impl ScriptedRunner {
             vocabulary_size,
             maximum_sequence_tokens: 4096,
             eos_token_ids: eos_token_ids.to_vec(),
+            hidden_size: Some(HIDDEN_SIZE),
         };
         Self { limits, cache: vec![u32::MAX; blocks * block_size], steps: 0, fault: None }
     }
@@ -226,7 +233,7 @@ impl StepRunner for ScriptedRunner {
         self.limits.clone()
     }
 
-    fn execute(&mut self, batch: &Batch) -> Result<Logits, StepError> {
+    fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError> {
         let step = self.steps;
         self.steps += 1;
         let vocabulary = self.limits.vocabulary_size;
@@ -234,11 +241,13 @@ impl StepRunner for ScriptedRunner {
         match fault {
             Some(Fault::Error) => return Err(StepError::new("the device is gone")),
             Some(Fault::Panic) => panic!("the runner is broken"),
-            Some(Fault::WrongShape) => return Ok(Logits { rows: 1, vocabulary: 3, values: vec![0.0; 3] }),
+            Some(Fault::WrongShape) => {
+                return Ok(Logits { rows: 1, vocabulary: 3, values: vec![0.0; 3] }.into());
+            }
             Some(Fault::NotANumber) | None => {}
         }
         let block_size = self.limits.block_size;
-        let mut values = Vec::new();
+        let (mut values, mut hidden_states) = (Vec::new(), Vec::new());
         for rows in &batch.sequences {
             let place = |position: usize| {
                 rows.block_table[position / block_size] as usize * block_size + position % block_size
@@ -246,8 +255,12 @@ impl StepRunner for ScriptedRunner {
             for row in rows.first_row..rows.first_row + rows.rows {
                 let position = batch.positions[row] as usize;
                 self.cache[place(position)] = batch.token_ids[row];
+                let history = || -> Vec<u32> { (0..=position).map(|at| self.cache[place(at)]).collect() };
+                if batch.hidden_rows.contains(&row) {
+                    hidden_states.extend(scripted_logits(&history(), HIDDEN_SIZE));
+                }
                 if batch.logit_rows.contains(&row) {
-                    let history: Vec<u32> = (0..=position).map(|at| self.cache[place(at)]).collect();
+                    let history = history();
                     values.extend(scripted_logits(&history, vocabulary));
                 }
             }
@@ -255,6 +268,7 @@ impl StepRunner for ScriptedRunner {
         if fault == Some(Fault::NotANumber) {
             values[..vocabulary].fill(f32::NAN);
         }
-        Ok(Logits { rows: batch.logit_rows.len(), vocabulary, values })
+        let logits = Logits { rows: batch.logit_rows.len(), vocabulary, values };
+        Ok(StepValues { logits, hidden_states })
     }
 }

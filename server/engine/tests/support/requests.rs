@@ -1,7 +1,7 @@
 //! Requests and engines that several test files start.
 
 use nibble_engine::{
-    ConstraintError, Engine, EngineConfig, EngineHandle, Request, SamplingParameters, StepRunner,
+    ConstraintError, Engine, EngineConfig, EngineHandle, Pooling, Request, SamplingParameters, StepRunner,
     TokenConstraint, TokenMask,
 };
 
@@ -71,5 +71,10 @@ pub(crate) fn sampled(seed: u64) -> Request {
         0 => Some(Box::new(Alternating::default())),
         _ => None,
     };
-    Request { constraint, ..Request::new(prompt(1 + pick(13, 40) as usize, seed), sampling) }
+    let prompt = prompt(1 + pick(13, 40) as usize, seed);
+    match pick(19, 10) {
+        0 => Request::embedding(prompt, Pooling::Mean),
+        1 => Request::embedding(prompt, Pooling::Last),
+        _ => Request { constraint, ..Request::new(prompt, sampling) },
+    }
 }

@@ -28,6 +28,21 @@ pub(crate) enum Prompts {
     TokenLists(Vec<Vec<u32>>),
 }
 
+impl Prompts {
+    /// The tokens of each; texts are turned into them by `encode`.
+    pub(crate) fn token_ids<E>(
+        self,
+        encode: impl Fn(String) -> Result<Vec<u32>, E>,
+    ) -> Result<Vec<Vec<u32>>, E> {
+        match self {
+            Self::Text(text) => Ok(vec![encode(text)?]),
+            Self::Texts(texts) => texts.into_iter().map(encode).collect(),
+            Self::Tokens(tokens) => Ok(vec![tokens]),
+            Self::TokenLists(lists) => Ok(lists),
+        }
+    }
+}
+
 impl TryFrom<Fields> for CompletionRequest {
     type Error = ApiError;
 

@@ -15,7 +15,7 @@ const TOKEN_IDS: &str = "a list of token ids";
 const COUNT_OR_ALL: &str = "an integer of at least -1";
 
 /// How to generate: OpenAI's fields and vLLM's, as they were sent.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct GenerationFields {
     pub(crate) model: Option<String>,
     pub(crate) max_tokens: Option<u32>,
