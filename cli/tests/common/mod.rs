@@ -88,7 +88,7 @@ pub(crate) fn request(address: &str, line: &str, headers: &str) -> String {
 pub(crate) struct Server {
     pub(crate) process: Child,
     pub(crate) output: BufReader<ChildStdout>,
-    address: String,
+    pub(crate) address: String,
 }
 
 impl Server {

@@ -66,6 +66,8 @@ pub(crate) struct Options {
     pub(crate) engine: EngineConfig,
     /// The step, counted from 0, that fails.
     pub(crate) failing_step: Option<usize>,
+    /// The least time that a step takes.
+    pub(crate) step_time: Duration,
     pub(crate) chat_template: Option<&'static str>,
     pub(crate) server: ServerOptions,
     pub(crate) generation_config: GenerationConfig,
@@ -77,6 +79,7 @@ impl Default for Options {
         Self {
             engine: EngineConfig::default(),
             failing_step: None,
+            step_time: Duration::ZERO,
             chat_template: Some(TEMPLATE),
             server: ServerOptions::default(),
             generation_config: GenerationConfig::default(),
@@ -112,6 +115,9 @@ impl StepRunner for AlphabetRunner {
         self.steps += 1;
         if self.options.failing_step == Some(step) {
             return Err(StepError::new("the device is gone"));
+        }
+        if !self.options.step_time.is_zero() {
+            std::thread::sleep(self.options.step_time);
         }
         let mut values = Vec::new();
         for &row in &batch.logit_rows {

@@ -26,6 +26,8 @@ enum Kind {
     TokenIds,
     Object,
     Objects,
+    Words,
+    Word(&'static [&'static str]),
     /// A word, or an object.
     WordOrObject(&'static [&'static str]),
     /// A text, several, token ids, or lists of them.
@@ -92,6 +94,26 @@ pub(super) const CHAT: &[Field] = &[
         Default::Boolean(false),
         "Add the tokenizer's special tokens to those of the template.",
     ),
+    field("echo", Kind::Boolean, Default::Boolean(false), "Begin the answer with the last message."),
+    field(
+        "continue_final_message",
+        Kind::Boolean,
+        Default::Boolean(false),
+        "Go on with the last message instead of answering it.",
+    ),
+    field(
+        "chat_template",
+        Kind::Text,
+        Default::None,
+        "A template for this request, where the server allows it.",
+    ),
+    field(
+        "reasoning_effort",
+        Kind::Word(&["none", "minimal", "low", "medium", "high"]),
+        Default::None,
+        "A variable for the chat template.",
+    ),
+    field("include_reasoning", Kind::Boolean, Default::Boolean(true), "Show what the model thinks."),
     field("documents", Kind::Objects, Default::None, "Documents for templates that take them."),
     field("chat_template_kwargs", Kind::Object, Default::None, "Variables for the chat template."),
 ];
@@ -199,6 +221,31 @@ pub(super) const GENERATION: &[Field] = &[
     ),
     field("stream", Kind::Boolean, Default::Boolean(false), "Send events as the answer grows."),
     field("stream_options", Kind::Object, Default::None, "`include_usage`, `continuous_usage_stats`."),
+    field("allowed_token_ids", Kind::TokenIds, Default::None, "The only tokens that may be generated."),
+    field("bad_words", Kind::Words, Default::None, "Texts that are never generated."),
+    field(
+        "prompt_logprobs",
+        Kind::Integer(-1),
+        Default::None,
+        "Report log probabilities of the prompt, and of so many likely tokens; -1 is all. Not in a stream.",
+    ),
+    field(
+        "truncate_prompt_tokens",
+        Kind::Integer(-1),
+        Default::None,
+        "Keep so many tokens of the prompt's end; -1 is as many as fit.",
+    ),
+    field("return_token_ids", Kind::Boolean, Default::Boolean(false), "Report token ids beside texts."),
+    field(
+        "return_tokens_as_token_ids",
+        Kind::Boolean,
+        Default::Boolean(false),
+        "Show tokens in log probabilities as `token_id:ID`.",
+    ),
+    field("request_id", Kind::Text, Default::None, "The end of the answer's id."),
+    field("cache_salt", Kind::Text, Default::None, SALT),
+    field("priority", Kind::Integer(i32::MIN as i64), Default::Integer(0), PRIORITY),
+    field("spaces_between_special_tokens", Kind::Boolean, Default::Boolean(true), WITHOUT_EFFECT),
     field("user", Kind::Text, Default::None, WITHOUT_EFFECT),
     field("metadata", Kind::Object, Default::None, WITHOUT_EFFECT),
     field("store", Kind::Boolean, Default::None, WITHOUT_EFFECT),
@@ -208,6 +255,44 @@ pub(super) const GENERATION: &[Field] = &[
 ];
 
 const WITHOUT_EFFECT: &str = "Accepted without an effect.";
+
+const SALT: &str = "Keys and values of prompts are shared only between requests with the same salt.";
+const PRIORITY: &str = "Lower numbers are served first, where the server allows it.";
+
+/// Fields of embeddings.
+pub(super) const EMBEDDING: &[Field] = &[
+    field("model", Kind::Text, Default::None, "The served model's name; the one there is."),
+    field("input", Kind::Prompts, Default::Required, "Texts or token ids, one or several."),
+    field(
+        "encoding_format",
+        Kind::Word(&["float", "base64"]),
+        Default::Word("float"),
+        "Numbers, or the bytes of 32-bit floats.",
+    ),
+    field("dimensions", Kind::Integer(1), Default::None, "Keep so many numbers, of length 1 together; all."),
+    field(
+        "pooling",
+        Kind::Word(&["mean", "last"]),
+        Default::None,
+        "The mean of all tokens or the last one; what the checkpoint says, else the last.",
+    ),
+    field(
+        "truncate_prompt_tokens",
+        Kind::Integer(-1),
+        Default::None,
+        "Keep so many tokens of the input's end; -1 is as many as fit.",
+    ),
+    field("add_special_tokens", Kind::Boolean, Default::Boolean(true), "Add the tokenizer's special tokens."),
+    field("request_id", Kind::Text, Default::None, "The end of the answer's id."),
+    field("cache_salt", Kind::Text, Default::None, SALT),
+    field("priority", Kind::Integer(i32::MIN as i64), Default::Integer(0), PRIORITY),
+    field("user", Kind::Text, Default::None, WITHOUT_EFFECT),
+    field("metadata", Kind::Object, Default::None, WITHOUT_EFFECT),
+    field("store", Kind::Boolean, Default::None, WITHOUT_EFFECT),
+    field("service_tier", Kind::Text, Default::None, WITHOUT_EFFECT),
+    field("safety_identifier", Kind::Text, Default::None, WITHOUT_EFFECT),
+    field("prompt_cache_key", Kind::Text, Default::None, WITHOUT_EFFECT),
+];
 
 /// Fields of `/tokenize`.
 pub(super) const TOKENIZE: &[Field] = &[
@@ -237,6 +322,8 @@ impl Field {
             Kind::Number(least, largest) => json!({ "type": "number", "minimum": least, "maximum": largest }),
             Kind::Text => json!({ "type": "string" }),
             Kind::Texts => json!({ "anyOf": [{ "type": "string" }, texts()] }),
+            Kind::Words => texts(),
+            Kind::Word(words) => json!({ "type": "string", "enum": words }),
             Kind::TokenIds => token_ids(),
             Kind::Object => json!({ "type": "object" }),
             Kind::Objects => json!({ "type": "array", "items": { "type": "object" } }),

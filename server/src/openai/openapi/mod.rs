@@ -12,7 +12,7 @@ use axum::extract::State;
 use serde_json::{Map, Value, json};
 
 use crate::app::AppState;
-use fields::{CHAT, COMPLETION, DETOKENIZE, Field, GENERATION, TOKENIZE};
+use fields::{CHAT, COMPLETION, DETOKENIZE, EMBEDDING, Field, GENERATION, TOKENIZE};
 
 /// What answers at an address.
 struct Operation {
@@ -44,6 +44,14 @@ const OPERATIONS: &[Operation] = &[
         about: "Continues one or several prompts.",
         request: Some(("CompletionRequest", &[COMPLETION, GENERATION])),
         answer: "A text_completion, or with `stream` text_completion events, then [DONE].",
+        content: JSON,
+        needs_key: true,
+    },
+    Operation {
+        path: "/v1/embeddings",
+        about: "Makes one vector of each input.",
+        request: Some(("EmbeddingRequest", &[EMBEDDING])),
+        answer: "A list of embeddings of length 1.",
         content: JSON,
         needs_key: true,
     },

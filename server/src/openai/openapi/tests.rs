@@ -4,6 +4,7 @@ use super::*;
 use crate::openai::fields::{Fields, WITHOUT_EFFECT};
 use crate::openai::types::chat::ChatRequest;
 use crate::openai::types::completions::CompletionRequest;
+use crate::openai::types::embeddings::EmbeddingRequest;
 
 /// Names of the fields that the document has for the schema `name`.
 fn documented(name: &str) -> BTreeSet<String> {
@@ -30,6 +31,8 @@ fn the_fields_of_requests_are_documented_all_and_no_others() {
     assert_eq!(chat, documented("ChatCompletionRequest"), "left: taken, right: in openapi/fields.rs");
     let completion = accepted::<CompletionRequest>(&json!({ "prompt": "" }));
     assert_eq!(completion, documented("CompletionRequest"), "left: taken, right: in openapi/fields.rs");
+    let embedding = accepted::<EmbeddingRequest>(&json!({ "input": "" }));
+    assert_eq!(embedding, documented("EmbeddingRequest"), "left: taken, right: in openapi/fields.rs");
 }
 
 #[test]

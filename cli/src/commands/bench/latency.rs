@@ -1,22 +1,14 @@
-//! `nibble bench`: speed, measured on this machine.
+//! `nibble bench latency`: one sequence, without a server.
 
 use std::time::Instant;
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Model, ModelError};
 use serde_json::json;
 
 use crate::device::{DeviceArguments, load, open_checkpoint};
 use crate::output::print_json;
-
-/// What to measure.
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// One sequence: tokens a second of a prompt and of decoding after it.
-    #[command(after_help = "Example: nibble bench latency ./SmolLM2-135M-int4 --threads 2 --json")]
-    Latency(LatencyArguments),
-}
 
 /// Arguments of `nibble bench latency`.
 #[derive(Debug, Args)]
@@ -40,13 +32,7 @@ pub(crate) struct LatencyArguments {
 }
 
 /// Runs the command.
-pub(crate) fn run(command: &BenchCommand) -> anyhow::Result<()> {
-    match command {
-        BenchCommand::Latency(arguments) => latency(arguments),
-    }
-}
-
-fn latency(arguments: &LatencyArguments) -> anyhow::Result<()> {
+pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
     anyhow::ensure!(arguments.prompt_tokens > 0, "--prompt-tokens must be at least 1");
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokens = arguments.prompt_tokens + arguments.output_tokens;
