@@ -30,23 +30,24 @@ async fn lines_of_a_request_have_its_id_also_within_a_stream_and_never_its_key()
         let log = log.clone();
         move || log.clone()
     };
+    // For all tests of this process: what tracing remembers of a line is not a thread's.
     let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
-    // For this thread, on which everything but the engine runs.
-    let _logged = tracing::subscriber::set_default(subscriber);
-    let api_keys = Arc::new(ApiKeys::new(&["secret".to_owned()], None).unwrap());
+    tracing::subscriber::set_global_default(subscriber).unwrap();
+    tracing::callsite::rebuild_interest_cache();
+    let api_keys = Arc::new(ApiKeys::new(&["a-secret-key".to_owned()], None).unwrap());
     let server = ServerOptions { api_keys, ..ServerOptions::default() };
     let server = Server::with(Options { server, failing_step: Some(2), ..Options::default() });
     let mut request = post(COMPLETIONS, json!({"prompt": "a", "temperature": 0, "stream": true}).to_string());
-    request.headers_mut().insert("x-request-id", "mine".parse().unwrap());
-    request.headers_mut().insert("authorization", "Bearer secret".parse().unwrap());
+    request.headers_mut().insert("x-request-id", "logged-request".parse().unwrap());
+    request.headers_mut().insert("authorization", "Bearer a-secret-key".parse().unwrap());
     let (_, headers, body) = server.send(request).await;
-    assert_eq!(headers["x-request-id"], "mine");
+    assert_eq!(headers["x-request-id"], "logged-request");
     assert!(body.contains("the device is gone"));
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    for line in ["answered", "stream failed"] {
-        let line =
-            log.lines().find(|found| found.contains(line)).unwrap_or_else(|| panic!("{line} in {log}"));
-        assert!(line.contains("request{id=mine}"), "{line}");
+    let of_request: Vec<&str> =
+        log.lines().filter(|line| line.contains("request{id=logged-request}")).collect();
+    for message in ["answered", "stream failed"] {
+        assert!(of_request.iter().any(|line| line.contains(message)), "{message} in {log}");
     }
-    assert!(!log.contains("secret"), "{log}");
+    assert!(!log.contains("a-secret-key"), "{log}");
 }
