@@ -108,7 +108,7 @@ fn tokens_and_logprobs_have_the_same_bits_alone_among_16_others_in_chunks_preemp
         (12, EngineConfig::default(), true),
         (12, tiny, true),
         (8, drafts, true),
-        (8, tiny_drafts, true),
+        (6, tiny_drafts, true),
     ] {
         let (together, stats) = run(directory.path(), blocks, config.clone(), &seeds);
         assert_eq!(together, alone, "{blocks} blocks, {config:?}");

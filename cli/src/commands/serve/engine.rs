@@ -23,8 +23,9 @@ pub(crate) struct EngineArguments {
     /// Compute every prompt from its beginning; answers are the same.
     #[arg(long)]
     no_prefix_caching: bool,
-    /// Guess up to N tokens ahead where an answer repeats its prompt or itself (prompt lookup); answers are the same.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = value_parser!(u32).range(..=64))]
+    /// Guess up to N tokens ahead where an answer repeats its prompt or itself (prompt lookup); answers are the same. 0
+    /// guesses nothing.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = value_parser!(u32).range(..=64))]
     speculative_tokens: u32,
     /// Guess while a step has at most this many tokens, guesses included.
     #[arg(long, value_name = "N", default_value_t = EngineConfig::default().max_step_tokens_with_drafts)]

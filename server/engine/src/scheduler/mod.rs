@@ -29,6 +29,7 @@
 
 #[cfg(test)]
 mod invariants;
+mod outcome;
 mod plan;
 mod queue;
 #[cfg(test)]
@@ -41,10 +42,11 @@ use std::time::Duration;
 
 pub(crate) use plan::{Effect, EffectKind, StepId, StepOutput, StepPlan};
 
+use self::outcome::{Outcome, Record};
 use self::queue::Queue;
 use crate::blocks::{BlockId, BlockPool};
 use crate::handle::EngineConfig;
-use crate::request::{FinishReason, Request, RequestId};
+use crate::request::{Request, RequestId};
 use crate::runner::RunnerLimits;
 use crate::sampling::random;
 use crate::sequence::{Sequence, SequenceState};
@@ -116,18 +118,19 @@ impl Scheduler {
     /// Ends a request: at once, or if a step is in flight and it is running, when that step completes.
     /// Nothing if it has ended already.
     pub(crate) fn abort(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
+        let mut record = Record { now: Duration::ZERO, counters: &mut self.counters, effects };
         if let Some(sequence) = self.waiting.remove(id) {
             if sequence.times.started.is_none() {
                 self.started.push(Arc::clone(&sequence.tenant));
             }
-            effects.push(abort(&sequence, &mut self.counters));
+            record.abort(&sequence);
         } else if let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
             if let Some(after) = self.in_flight {
                 self.running[index].state = SequenceState::Ending { after };
             } else {
                 let mut sequence = self.running.remove(index);
                 sequence.release(&mut self.pool);
-                effects.push(abort(&sequence, &mut self.counters));
+                record.abort(&sequence);
             }
         }
     }
@@ -299,12 +302,14 @@ impl Scheduler {
         self.counters.steps += 1;
         self.counters.step_tokens.observe(plan.batch.token_ids.len() as f64);
         let (mut logit_row, mut hidden_row) = (0, 0);
+        let mut record = Record { now: completed_at, counters: &mut self.counters, effects };
         for planned in &plan.entries {
             let sequence = &mut self.running[planned.running];
             let draft = sequence.take_draft();
             let computed = sequence.advance(planned.tokens - planned.draft_tokens);
-            self.counters.prompt_tokens += computed.first_time as u64;
-            self.counters.prompt_tokens_recomputed += computed.again as u64;
+            record.counters.prompt_tokens += computed.first_time as u64;
+            record.counters.prompt_tokens_recomputed += computed.again as u64;
+            let mut sound = true;
             if sequence.state == SequenceState::Running {
                 let before = sequence.completion().len();
                 let outcome = Outcome {
@@ -313,25 +318,26 @@ impl Scheduler {
                     draft: &draft,
                     first_logit_row: logit_row,
                 };
-                take_outcome(sequence, &outcome, completed_at, &mut self.counters, effects);
+                sound = record.rows(sequence, &outcome);
                 self.waiting.charge_completion(&sequence.tenant, sequence.completion().len() - before);
                 let hidden = &hidden_states[hidden_row * width..(hidden_row + planned.hidden) * width];
                 if planned.hidden > 0
                     && let Some(embedding) = sequence.pool(planned.hidden, hidden)
                 {
-                    take_embedding(sequence, embedding, completed_at, &mut self.counters, effects);
+                    sound = record.embedding(sequence, embedding);
                 }
             }
             logit_row += planned.logits;
             hidden_row += planned.hidden;
             sequence.release_unused(&mut self.pool);
-            if self.config.prefix_caching {
+            // Keys and values of a sequence whose numbers are not finite must not serve another.
+            if self.config.prefix_caching && sound {
                 sequence.name_full_blocks(&mut self.pool);
             }
         }
         self.running.retain_mut(|sequence| {
             if let SequenceState::Ending { .. } = sequence.state {
-                effects.push(abort(sequence, &mut self.counters));
+                record.abort(sequence);
             } else if sequence.state != SequenceState::Ended {
                 return true;
             }
@@ -398,156 +404,4 @@ fn plan_chunk(
         budget.prompt_logit_rows -= sequence.scored_within(tokens);
         plan.push(running, sequence, tokens);
     }
-}
-
-/// What came of the logit rows of one sequence.
-struct Outcome<'a> {
-    next_tokens: &'a [Result<u32, String>],
-    /// Rows for log probabilities of the prompt; those sampled from follow, if there are any.
-    scored: usize,
-    /// Tokens that were computed on the guess that they are sampled, one less than rows that are sampled from.
-    draft: &'a [u32],
-    /// The first row in the step.
-    first_logit_row: usize,
-}
-
-/// Applies what came of the logit rows of a sequence that nobody aborted.
-fn take_outcome(
-    sequence: &mut Sequence,
-    outcome: &Outcome<'_>,
-    now: Duration,
-    counters: &mut EngineStats,
-    effects: &mut Vec<Effect>,
-) {
-    let request = sequence.id;
-    let (scored, sampled) = outcome.next_tokens.split_at(outcome.scored);
-    if let Some(message) = scored.iter().find_map(|next| next.as_ref().err()) {
-        fail(sequence, message, counters, effects);
-        return;
-    }
-    if !scored.is_empty() {
-        sequence.score(scored.len());
-        let logit_rows = outcome.first_logit_row..outcome.first_logit_row + scored.len();
-        effects.push(Effect { request, kind: EffectKind::PromptLogprobs { logit_rows } });
-    }
-    // The first row follows a known token. Each further one counts if the token sampled before it is the drafted one.
-    let mut right = 0;
-    for (index, next) in sampled.iter().enumerate() {
-        let token_id = match next {
-            Ok(token_id) => *token_id,
-            Err(message) => {
-                fail(sequence, message, counters, effects);
-                break;
-            }
-        };
-        let logit_row = outcome.first_logit_row + scored.len() + index;
-        take_token(sequence, token_id, logit_row, now, counters, effects);
-        if sequence.state == SequenceState::Ended || outcome.draft.get(index) != Some(&token_id) {
-            break;
-        }
-        right += 1;
-    }
-    if !outcome.draft.is_empty() {
-        sequence.confirm(outcome.draft.len(), right);
-        counters.drafts += 1;
-        counters.draft_tokens += outcome.draft.len() as u64;
-        counters.accepted_draft_tokens[..right].iter_mut().for_each(|accepted| *accepted += 1);
-    }
-}
-
-/// Ends a sequence that cannot go on.
-fn fail(sequence: &mut Sequence, message: &str, counters: &mut EngineStats, effects: &mut Vec<Effect>) {
-    sequence.state = SequenceState::Ended;
-    counters.finished.failed += 1;
-    counters.observe_end(sequence);
-    effects.push(Effect { request: sequence.id, kind: EffectKind::Failed { message: message.to_owned() } });
-}
-
-/// Appends a token that was sampled from `logit_row`.
-fn take_token(
-    sequence: &mut Sequence,
-    token_id: u32,
-    logit_row: usize,
-    now: Duration,
-    counters: &mut EngineStats,
-    effects: &mut Vec<Effect>,
-) {
-    let request = sequence.id;
-    observe_prefill(sequence, now, counters);
-    if sequence.sampling.max_tokens == 0 {
-        // The prompt was all that was wanted.
-        sequence.state = SequenceState::Ended;
-        effects.push(finish(sequence, FinishReason::Length, None));
-        counters.observe_end(sequence);
-        counters.finished.length += 1;
-        return;
-    }
-    counters.generation_tokens += 1;
-    sequence.times.last_token = Some(now);
-    let reason = sequence.append(token_id);
-    if reason != Some(FinishReason::Stop) {
-        effects.push(Effect { request, kind: EffectKind::Token { token_id, logit_row } });
-    }
-    if let Some(reason) = reason {
-        sequence.state = SequenceState::Ended;
-        effects.push(finish(sequence, reason, Some(logit_row)));
-        counters.observe_end(sequence);
-        match reason {
-            FinishReason::Stop => counters.finished.stop += 1,
-            _ => counters.finished.length += 1,
-        }
-    }
-}
-
-/// The terminal effect of a sequence that somebody aborted.
-fn abort(sequence: &Sequence, counters: &mut EngineStats) -> Effect {
-    counters.finished.aborted += 1;
-    counters.observe_end(sequence);
-    finish(sequence, FinishReason::Aborted, None)
-}
-
-/// Observes the time that the prompt took, once.
-fn observe_prefill(sequence: &mut Sequence, now: Duration, counters: &mut EngineStats) {
-    let started = sequence.times.started.unwrap_or(now);
-    if sequence.times.first_token.is_none() {
-        sequence.times.first_token = Some(now);
-        counters.prefill_seconds.observe_between(started, now);
-    }
-}
-
-/// Ends a sequence that was to become an embedding.
-fn take_embedding(
-    sequence: &mut Sequence,
-    embedding: Result<Vec<f32>, String>,
-    now: Duration,
-    counters: &mut EngineStats,
-    effects: &mut Vec<Effect>,
-) {
-    let request = sequence.id;
-    sequence.state = SequenceState::Ended;
-    observe_prefill(sequence, now, counters);
-    counters.observe_end(sequence);
-    match embedding {
-        Ok(values) => {
-            effects.push(Effect { request, kind: EffectKind::Embedding { values } });
-            effects.push(finish(sequence, FinishReason::Length, None));
-            counters.finished.length += 1;
-        }
-        Err(message) => {
-            effects.push(Effect { request, kind: EffectKind::Failed { message } });
-            counters.finished.failed += 1;
-        }
-    }
-}
-
-/// The terminal effect of a sequence that ends without an error.
-fn finish(sequence: &Sequence, reason: FinishReason, logit_row: Option<usize>) -> Effect {
-    let completion = sequence.completion();
-    let kind = EffectKind::Finished {
-        reason,
-        stop_token: completion.last().copied().zip(logit_row).filter(|_| reason == FinishReason::Stop),
-        prompt_tokens: sequence.prompt().len(),
-        completion_tokens: completion.len(),
-    };
-    Effect { request: sequence.id, kind }
 }
