@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_kernels::device::cpu::Cpu;
+use nibble_kernels::device::cpu::{Activations, Cpu};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
 
@@ -17,6 +17,17 @@ pub(crate) struct DeviceArguments {
     /// Threads of the CPU device; all processors when not given.
     #[arg(long)]
     pub(crate) threads: Option<usize>,
+    /// What quantized weights multiply: int8 rounds activations to eight bits, a scale for each group, and is several
+    /// times as fast; f32 takes them as they are.
+    #[arg(long, value_enum, default_value_t = ActivationsArgument::Int8)]
+    pub(crate) activations: ActivationsArgument,
+}
+
+/// The choices of `--activations`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationsArgument {
+    Int8,
+    F32,
 }
 
 /// The devices of `--device`.
@@ -35,8 +46,12 @@ impl DeviceArguments {
 
     /// The CPU device.
     pub(crate) fn cpu(&self) -> Cpu {
+        let activations = match self.activations {
+            ActivationsArgument::Int8 => Activations::Integer,
+            ActivationsArgument::F32 => Activations::Float,
+        };
         match self.device {
-            Device::Auto | Device::Cpu => Cpu::new(self.threads()),
+            Device::Auto | Device::Cpu => Cpu::new(self.threads()).with_activations(activations),
         }
     }
 }

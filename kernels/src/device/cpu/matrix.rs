@@ -9,7 +9,9 @@ use half::{bf16, f16};
 
 use super::aligned::AlignedVec;
 use super::simd::Simd;
-use super::tile::{BrainColumns, ByteColumns, Columns, FloatColumns, HalfColumns, NibbleColumns};
+use super::tile::{
+    BrainColumns, ByteColumns, Columns, FloatColumns, HalfColumns, NibbleColumns, WordColumns,
+};
 use crate::tensor::{DenseMatrix, DenseValues, QuantizedMatrix};
 
 /// Outputs of a panel.
@@ -196,14 +198,78 @@ pub(crate) struct NibblePanels {
     words: AlignedVec<u32>,
 }
 
-/// Codes of up to eight bits, one a byte.
+/// Codes of up to eight bits, one a byte: for groups that no step of eight inputs fits.
 pub(crate) struct BytePanels {
     groups: Groups,
     codes: AlignedVec<u8>,
 }
 
+/// Codes of up to eight bits, four to a word: of each eight inputs 0, 2, 4 and 6, then 1, 3, 5 and 7.
+pub(crate) struct WordPanels {
+    groups: Groups,
+    words: AlignedVec<u32>,
+}
+
+/// Panels whose codes can be multiplied as integers.
+pub(crate) trait IntegerPanels: Panels {
+    /// The codes of inputs 0, 2, 4 and 6 of step `step` from depth `start` on, and those of 1, 3, 5 and 7, a byte each.
+    ///
+    /// # Safety
+    /// As for [`Panels::chunk`] with one vector; the chunk has that step.
+    unsafe fn codes<S: Simd>(&self, panel: usize, start: usize, step: usize, column: usize) -> [S::U32; 2];
+    /// `sum` and the products of such codes and of activations.
+    ///
+    /// # Safety
+    /// The instruction set of `S` is available.
+    unsafe fn dot<S: Simd>(sum: S::I32, codes: S::U32, activations: i32) -> S::I32;
+    /// The zero points of the columns in the chunk from `start` on.
+    ///
+    /// # Safety
+    /// As for [`Panels::chunk`] with one vector.
+    unsafe fn zero_points<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32;
+}
+
+macro_rules! integer_panels {
+    ($panels:ty, $words_of_a_step:literal, $dot:ident, |$S:ident, $from:ident| $codes:expr) => {
+        impl IntegerPanels for $panels {
+            #[inline(always)]
+            unsafe fn codes<$S: Simd>(
+                &self,
+                panel: usize,
+                start: usize,
+                step: usize,
+                column: usize,
+            ) -> [$S::U32; 2] {
+                let steps = self.groups.in_features.div_ceil(8);
+                let row = (panel * steps + start / 8 + step) * $words_of_a_step;
+                debug_assert!(row * PANEL_COLUMNS < self.words.len());
+                // SAFETY: the caller's promise; the panel holds the words of that step.
+                unsafe {
+                    let $from = self.words.as_ptr().add(row * PANEL_COLUMNS + column);
+                    $codes
+                }
+            }
+            #[inline(always)]
+            unsafe fn dot<S: Simd>(sum: S::I32, codes: S::U32, activations: i32) -> S::I32 {
+                // SAFETY: the caller's promise.
+                unsafe { S::$dot(sum, codes, activations) }
+            }
+            #[inline(always)]
+            unsafe fn zero_points<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32 {
+                let zero_points = &self.groups.zero_points[self.groups.offset(panel, start, column)..];
+                // SAFETY: the caller keeps column + WIDTH within the panel.
+                unsafe { S::load_u8(zero_points.as_ptr()) }
+            }
+        }
+    };
+}
+integer_panels!(NibblePanels, 1, dot, |S, from| S::nibbles(S::load_u32(from)));
+integer_panels!(WordPanels, 2, dot_bytes, |S, from| {
+    [S::load_u32(from), S::load_u32(from.add(PANEL_COLUMNS))]
+});
+
 macro_rules! quantized_panels {
-    ($panels:ty, $columns:ident, $codes:ident, $depths_per_element:literal) => {
+    ($panels:ty, $columns:ident, $codes:ident, |$inputs:ident, $start:ident| $rows:expr, $row:expr) => {
         impl Panels for $panels {
             type Chunk<S: Simd, const V: usize> = $columns<S, V>;
 
@@ -227,8 +293,8 @@ macro_rules! quantized_panels {
                 start: usize,
                 column: usize,
             ) -> Self::Chunk<S, V> {
-                let depths = self.groups.in_features.div_ceil($depths_per_element);
-                let offset = (panel * depths + start / $depths_per_element) * PANEL_COLUMNS + column;
+                let ($inputs, $start) = (self.groups.in_features, start);
+                let offset = (panel * $rows + $row) * PANEL_COLUMNS + column;
                 let zero_points = &self.groups.zero_points[self.groups.offset(panel, start, column)..];
                 // SAFETY: the caller keeps column + V * WIDTH within the panel, so as many zero points follow.
                 let zero_points = unsafe {
@@ -248,8 +314,9 @@ macro_rules! quantized_panels {
         }
     };
 }
-quantized_panels!(NibblePanels, NibbleColumns, words, 8);
-quantized_panels!(BytePanels, ByteColumns, codes, 1);
+quantized_panels!(NibblePanels, NibbleColumns, words, |inputs, start| inputs.div_ceil(8), start / 8);
+quantized_panels!(WordPanels, WordColumns, words, |inputs, start| inputs.div_ceil(8) * 2, start / 4);
+quantized_panels!(BytePanels, ByteColumns, codes, |inputs, start| inputs, start);
 
 /// A quantized weight matrix of the CPU device.
 pub struct CpuPackedMatrix {
@@ -259,6 +326,7 @@ pub struct CpuPackedMatrix {
 /// How the codes of a [`CpuPackedMatrix`] are held.
 pub(crate) enum QuantizedPanels {
     Nibbles(NibblePanels),
+    Words(WordPanels),
     Bytes(BytePanels),
 }
 
@@ -284,6 +352,15 @@ impl CpuPackedMatrix {
                 codes.iter().rev().fold(0, |word, &code| word << 4 | u32::from(code))
             };
             QuantizedPanels::Nibbles(NibblePanels { words: pack(out, words, word), groups })
+        } else if words_fit {
+            let words = inputs.div_ceil(8) * 2;
+            let word = |index: usize| {
+                let (output, step, odd) = (index / words, index % words / 2, index % 2);
+                let codes = &codes[output * inputs..(output + 1) * inputs];
+                let code = |at: usize| codes.get(8 * step + 2 * at + odd).map_or(0, |&code| u32::from(code));
+                (0..4).map(|at| code(at) << (8 * at)).sum()
+            };
+            QuantizedPanels::Words(WordPanels { words: pack(out, words, word), groups })
         } else {
             QuantizedPanels::Bytes(BytePanels { codes: pack(out, inputs, |index| codes[index]), groups })
         };
@@ -293,6 +370,7 @@ impl CpuPackedMatrix {
     fn groups(&self) -> &Groups {
         match &self.panels {
             QuantizedPanels::Nibbles(panels) => &panels.groups,
+            QuantizedPanels::Words(panels) => &panels.groups,
             QuantizedPanels::Bytes(panels) => &panels.groups,
         }
     }
@@ -308,6 +386,7 @@ impl CpuPackedMatrix {
     pub(crate) fn bytes(&self) -> usize {
         let codes = match &self.panels {
             QuantizedPanels::Nibbles(panels) => panels.words.bytes(),
+            QuantizedPanels::Words(panels) => panels.words.bytes(),
             QuantizedPanels::Bytes(panels) => panels.codes.bytes(),
         };
         codes + self.groups().scales.bytes() + self.groups().zero_points.bytes()

@@ -2,8 +2,11 @@
 //! operation returns.
 
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod aligned;
+pub(crate) mod integer_product;
+pub(crate) mod integer_rows;
 pub(crate) mod matrix;
 pub(crate) mod panel_product;
 pub(crate) mod simd;
@@ -11,6 +14,7 @@ pub(crate) mod thread_pool;
 pub(crate) mod tile;
 
 use aligned::AlignedVec;
+use integer_rows::IntegerRows;
 pub use matrix::{CpuDenseMatrix, CpuPackedMatrix};
 pub use simd::InstructionSet;
 pub use thread_pool::ThreadPool;
@@ -23,6 +27,19 @@ use crate::tensor::{DenseMatrix, QuantizedMatrix};
 pub struct Cpu {
     set: InstructionSet,
     pool: ThreadPool,
+    activations: Activations,
+    /// Rounded activations of one product; no two run at once.
+    integer_rows: Mutex<IntegerRows>,
+}
+
+/// What quantized matrices multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// Activations as they are, in 32 bits.
+    Float,
+    /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
+    /// inputs: several times as fast.
+    Integer,
 }
 
 /// Activations of the CPU device.
@@ -45,7 +62,29 @@ impl Cpu {
     /// When the processor does not have `set`.
     pub fn with_instruction_set(threads: usize, set: InstructionSet) -> Self {
         assert!(InstructionSet::available().contains(&set), "this processor has no {set:?}");
-        Self { set, pool: ThreadPool::new(threads) }
+        Self {
+            set,
+            pool: ThreadPool::new(threads),
+            activations: Activations::Float,
+            integer_rows: Mutex::new(IntegerRows::new()),
+        }
+    }
+
+    /// The same CPU with other activations.
+    #[must_use]
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self { activations, ..self }
+    }
+
+    /// What quantized matrices multiply.
+    pub fn activations(&self) -> Activations {
+        self.activations
+    }
+
+    /// Memory for the rounded activations of a product.
+    pub(crate) fn integer_rows(&self) -> MutexGuard<'_, IntegerRows> {
+        // Whatever a panic left in there is overwritten by the next product.
+        self.integer_rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The instruction set in use.

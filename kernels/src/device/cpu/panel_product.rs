@@ -30,21 +30,22 @@ struct Task<'a, P> {
     input: &'a [f32],
     weight: &'a P,
     bias: Option<&'a [f32]>,
-    output: *mut f32,
+    output: SharedOutput,
     rows: std::ops::Range<usize>,
     panel: usize,
 }
 
+/// An output that tasks write to in parts.
 #[derive(Clone, Copy)]
-struct SharedOutput(*mut f32);
+pub(crate) struct SharedOutput(*mut f32);
 // SAFETY: tasks write disjoint panels and row blocks of the output.
 unsafe impl Send for SharedOutput {}
 // SAFETY: as above.
 unsafe impl Sync for SharedOutput {}
 
 impl SharedOutput {
-    fn pointer(self) -> *mut f32 {
-        self.0
+    pub(crate) fn new(output: &mut [f32]) -> Self {
+        Self(output.as_mut_ptr())
     }
 }
 
@@ -57,7 +58,7 @@ impl<P: Panels> PanelProduct<'_, P> {
         let (out, inputs) = (self.weight.out_features(), self.weight.in_features());
         assert!(self.input.len() >= self.rows * inputs && self.output.len() >= self.rows * out);
         assert!(self.bias.is_none_or(|bias| bias.len() >= out));
-        let output = SharedOutput(self.output.as_mut_ptr());
+        let output = SharedOutput::new(self.output);
         let panels = out.div_ceil(PANEL_COLUMNS);
         let row_blocks = self.rows.div_ceil(ROW_BLOCK);
         let (input, weight, bias, rows) = (self.input, self.weight, self.bias, self.rows);
@@ -67,7 +68,7 @@ impl<P: Panels> PanelProduct<'_, P> {
                 input,
                 weight,
                 bias,
-                output: output.pointer(),
+                output,
                 rows: first..rows.min(first + ROW_BLOCK),
                 panel: index % panels,
             };
@@ -126,7 +127,7 @@ unsafe fn compute_direct<S: Simd, P: Panels, const V: usize>(task: &Task<'_, P>)
             for (vector, total) in totals.into_iter().enumerate() {
                 S::store(values.as_mut_ptr().add(vector * S::WIDTH), total);
             }
-            write_row(task, row, &values);
+            write_row(task.weight, task.bias, task.output, task.panel, row, &values);
         }
     }
 }
@@ -155,7 +156,7 @@ unsafe fn compute_widened<S: Simd, P: Panels>(task: &Task<'_, P>) {
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
         // SAFETY: this task alone writes its panel of its rows.
-        unsafe { write_row(task, row, values) };
+        unsafe { write_row(task.weight, task.bias, task.output, task.panel, row, values) };
     }
 }
 
@@ -222,18 +223,25 @@ fn gather(to: &mut [f32], activations: &[f32], permutation: &[u32]) {
     }
 }
 
-/// Adds the bias and writes those columns of the panel that exist.
+/// Adds the bias and writes those columns of `panel` that exist.
 ///
 /// # Safety
-/// No other thread writes this panel of this row.
+/// The output has `row`, and no other thread writes this panel of it.
 #[inline(always)]
-unsafe fn write_row<P: Panels>(task: &Task<'_, P>, row: usize, values: &[f32]) {
-    let out = task.weight.out_features();
-    let first = task.panel * PANEL_COLUMNS;
+pub(crate) unsafe fn write_row<P: Panels>(
+    weight: &P,
+    bias: Option<&[f32]>,
+    output: SharedOutput,
+    panel: usize,
+    row: usize,
+    values: &[f32],
+) {
+    let out = weight.out_features();
+    let first = panel * PANEL_COLUMNS;
     let columns = PANEL_COLUMNS.min(out - first);
     for (column, &value) in values[..columns].iter().enumerate() {
-        let bias = task.bias.map_or(0.0, |bias| bias[first + column]);
-        // SAFETY: `PanelProduct::run` checked that the output has this row; the panel is this task's.
-        unsafe { *task.output.add(row * out + first + column) = value + bias };
+        let bias = bias.map_or(0.0, |bias| bias[first + column]);
+        // SAFETY: the caller's promise.
+        unsafe { *output.0.add(row * out + first + column) = value + bias };
     }
 }

@@ -84,6 +84,27 @@ impl<S: Simd, const V: usize> Columns<S> for NibbleColumns<S, V> {
     }
 }
 
+/// Codes of one byte less their zero points: words `depth / 4` and `depth / 4 + 1` of a column hold eight depths, the
+/// even ones and the odd ones.
+#[derive(Clone, Copy)]
+pub(crate) struct WordColumns<S: Simd, const V: usize> {
+    pub(crate) from: *const u32,
+    pub(crate) stride: usize,
+    pub(crate) zero_points: [S::F32; V],
+}
+
+impl<S: Simd, const V: usize> Columns<S> for WordColumns<S, V> {
+    #[inline(always)]
+    unsafe fn load(self, depth: usize, step: usize, vector: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let row = depth / 4 + step % 2;
+            let words = S::load_u32(self.from.add(row * self.stride + vector * S::WIDTH));
+            S::sub(S::byte(words, 8 * (step as u32 / 2)), self.zero_points[vector])
+        }
+    }
+}
+
 /// Codes of one byte less their zero points.
 #[derive(Clone, Copy)]
 pub(crate) struct ByteColumns<S: Simd, const V: usize> {

@@ -1,6 +1,6 @@
 use super::{Args, W4a16Matmul, reference};
 use crate::backend::Device;
-use crate::device::cpu::{Cpu, InstructionSet};
+use crate::device::cpu::{Activations, Cpu, InstructionSet};
 use crate::tensor::{QuantizedMatrix, QuantizedParts};
 use crate::testing::{random, upload};
 
@@ -31,6 +31,11 @@ fn matrix(shape: &Shape) -> QuantizedMatrix {
     .unwrap()
 }
 
+fn every_cpu() -> impl Iterator<Item = (InstructionSet, Activations)> {
+    let sets = InstructionSet::available().into_iter();
+    sets.flat_map(|set| [Activations::Float, Activations::Integer].map(|activations| (set, activations)))
+}
+
 fn multiply(cpu: &Cpu, input: &[f32], matrix: &QuantizedMatrix, rows: usize) -> Vec<f32> {
     let weight = cpu.pack_quantized("w", matrix).unwrap();
     let mut output = cpu.buffer(rows * matrix.out_features());
@@ -43,6 +48,26 @@ const fn shape(out_features: usize, in_features: usize, group_size: usize) -> Sh
     Shape { out_features, in_features, group_size, bits: 4, permuted: false }
 }
 
+/// What the CPU device rounds activations to: eight bits for each row and chunk of at most 128 inputs.
+fn rounded(input: &[f32], shape: &Shape) -> Vec<f32> {
+    let order = |at: usize| if shape.permuted { shape.in_features - 1 - at } else { at };
+    let mut rounded = input.to_vec();
+    for row in rounded.chunks_exact_mut(shape.in_features) {
+        let mut start = 0;
+        while start < shape.in_features {
+            let in_group = shape.group_size - start % shape.group_size;
+            let end = start + in_group.min(128).min(shape.in_features - start);
+            let largest = (start..end).fold(0.0f32, |most, at| most.max(row[order(at)].abs()));
+            let scale = largest / 127.0;
+            for at in start..end {
+                row[order(at)] = (row[order(at)] * (1.0 / scale)).round_ties_even() * scale;
+            }
+            start = end;
+        }
+    }
+    rounded
+}
+
 #[test]
 fn every_shape_and_instruction_set_agrees_with_the_reference() {
     let shapes = [
@@ -52,18 +77,24 @@ fn every_shape_and_instruction_set_agrees_with_the_reference() {
         shape(40, 200, 128),
         shape(40, 600, 600),
         shape(40, 90, 30),
+        shape(40, 90, 90),
         Shape { bits: 8, ..shape(70, 160, 32) },
+        Shape { bits: 8, ..shape(40, 200, 128) },
+        Shape { bits: 8, ..shape(40, 90, 30) },
         Shape { bits: 3, ..shape(32, 96, 32) },
         Shape { permuted: true, ..shape(50, 128, 32) },
     ];
-    for set in InstructionSet::available() {
-        let cpu = Cpu::with_instruction_set(2, set);
+    for (set, activations) in every_cpu() {
+        let cpu = Cpu::with_instruction_set(2, set).with_activations(activations);
         for shape in &shapes {
             let matrix = matrix(shape);
             for rows in [1, 2, 3, 8, 25, 260] {
                 let input = random(rows * shape.in_features, 2);
                 let found = multiply(&cpu, &input, &matrix, rows);
-                let expected = reference::w4a16_matmul(&input, &matrix, None);
+                let steps_fit = shape.group_size.is_multiple_of(8) || shape.group_size == shape.in_features;
+                let of_integers = activations == Activations::Integer && steps_fit;
+                let multiplied = if of_integers { rounded(&input, shape) } else { input };
+                let expected = reference::w4a16_matmul(&multiplied, &matrix, None);
                 let magnitude =
                     matrix.dequantize().iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
                 let tolerance = 2e-6 * magnitude * (shape.in_features as f32).sqrt();
@@ -77,9 +108,9 @@ fn every_shape_and_instruction_set_agrees_with_the_reference() {
 
 #[test]
 fn a_row_has_the_same_bits_alone_and_in_any_batch() {
-    for set in InstructionSet::available() {
+    for (set, activations) in every_cpu() {
         for threads in [1, 2] {
-            let cpu = Cpu::with_instruction_set(threads, set);
+            let cpu = Cpu::with_instruction_set(threads, set).with_activations(activations);
             for permuted in [false, true] {
                 let shape = Shape { permuted, ..shape(100, 320, 64) };
                 let matrix = matrix(&shape);
@@ -92,4 +123,27 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
             }
         }
     }
+}
+
+#[test]
+fn what_is_not_finite_stays_so_when_activations_are_rounded() {
+    let shape = shape(40, 128, 64);
+    for (set, activations) in every_cpu() {
+        let cpu = Cpu::with_instruction_set(1, set).with_activations(activations);
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut input = random(3 * shape.in_features, 2);
+            input[shape.in_features + 70] = wrong;
+            let output = multiply(&cpu, &input, &matrix(&shape), 3);
+            let sound: Vec<bool> =
+                output.chunks(40).map(|row| row.iter().all(|value| value.is_finite())).collect();
+            assert_eq!(sound, [true, false, true], "{set:?} {activations:?} {wrong}");
+        }
+    }
+}
+
+#[test]
+fn a_row_of_zeros_is_the_bias_when_activations_are_rounded() {
+    let shape = shape(33, 64, 32);
+    let cpu = Cpu::new(1).with_activations(Activations::Integer);
+    assert!(multiply(&cpu, &[0.0; 64], &matrix(&shape), 1).iter().all(|&value| value == 0.0));
 }

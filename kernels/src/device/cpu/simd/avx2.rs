@@ -17,6 +17,7 @@ impl Simd for Avx2 {
     const TILE_ROWS: usize = 6;
     type F32 = __m256;
     type U32 = __m256i;
+    type I32 = __m256i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::F32 {
@@ -63,6 +64,63 @@ impl Simd for Avx2 {
             let shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
             _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn nibbles(words: Self::U32) -> [Self::U32; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            [_mm256_and_si256(words, mask), _mm256_and_si256(_mm256_srli_epi32::<4>(words), mask)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: see above. Pairs are summed in 16 bits: 2 * 15 * 128 fits.
+        unsafe {
+            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(activations));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(sum, _mm256_slli_epi32::<4>(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
+        // SAFETY: see above.
+        unsafe {
+            let shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(255)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn to_f32(value: Self::I32) -> Self::F32 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm256_cvtps_epi32(value)) }
     }
 
     #[inline(always)]

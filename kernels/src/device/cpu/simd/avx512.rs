@@ -6,17 +6,18 @@ use half::{bf16, f16};
 
 use super::Simd;
 
-/// Sixteen lanes of AVX-512.
+/// Sixteen lanes of AVX-512, with VNNI's dot products or without.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512;
+pub(crate) struct Avx512<const VNNI: bool>;
 
 // SAFETY of every block below: the trait's contract (the instruction set is available, pointers are valid
 // for WIDTH elements) is what each intrinsic needs; none of them needs alignment.
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const WIDTH: usize = 16;
     const TILE_ROWS: usize = 12;
     type F32 = __m512;
     type U32 = __m512i;
+    type I32 = __m512i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::F32 {
@@ -68,6 +69,81 @@ impl Simd for Avx512 {
             );
             _mm512_permutexvar_ps(shifted, digits)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn nibbles(words: Self::U32) -> [Self::U32; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm512_set1_epi8(15);
+            [_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(words), mask)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: see above. Without VNNI pairs are summed in 16 bits: 2 * 15 * 128 fits.
+        unsafe {
+            let activations = _mm512_set1_epi32(activations);
+            if VNNI {
+                _mm512_dpbusd_epi32(sum, codes, activations)
+            } else {
+                let pairs = _mm512_maddubs_epi16(codes, activations);
+                _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bytes(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe {
+            if VNNI {
+                return Self::dot(sum, codes, activations);
+            }
+            let [low, high] = Self::nibbles(codes);
+            let high = Self::dot(Self::zero(), high, activations);
+            Self::dot(Self::add_16_times(sum, high), low, activations)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi32(sum, _mm512_slli_epi32::<4>(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
+        // SAFETY: see above.
+        unsafe {
+            let shifted = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn to_f32(value: Self::I32) -> Self::F32 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(to.cast(), _mm512_cvtps_epi32(value)) }
     }
 
     #[inline(always)]

@@ -26,6 +26,8 @@ pub enum InstructionSet {
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same with VNNI's integer dot products.
+    Avx512Vnni,
 }
 
 impl InstructionSet {
@@ -45,6 +47,9 @@ impl InstructionSet {
                     && is_x86_feature_detected!("avx512dq")
                 {
                     found.push(Self::Avx512);
+                    if is_x86_feature_detected!("avx512vnni") {
+                        found.push(Self::Avx512Vnni);
+                    }
                 }
             }
         }
@@ -68,6 +73,8 @@ pub(crate) trait Simd: Copy {
     type F32: Copy;
     /// `WIDTH` unsigned words.
     type U32: Copy;
+    /// `WIDTH` sums of integers.
+    type I32: Copy;
 
     unsafe fn splat(value: f32) -> Self::F32;
     unsafe fn load(from: *const f32) -> Self::F32;
@@ -77,6 +84,30 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_u32(from: *const u32) -> Self::U32;
     /// `(words >> shift) & 15` as `f32`.
     unsafe fn nibble(words: Self::U32, shift: u32) -> Self::F32;
+    /// The low and the high four bits of each byte.
+    unsafe fn nibbles(words: Self::U32) -> [Self::U32; 2];
+    unsafe fn zero() -> Self::I32;
+    /// `sum + codes[0] * activations[0] + ... + codes[3] * activations[3]` in each element, of the bytes of `codes`,
+    /// without sign and below 16, and of `activations`, with sign.
+    unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32;
+    /// The same for any bytes.
+    #[inline(always)]
+    unsafe fn dot_bytes(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe {
+            let [low, high] = Self::nibbles(codes);
+            let high = Self::dot(Self::zero(), high, activations);
+            Self::dot(Self::add_16_times(sum, high), low, activations)
+        }
+    }
+    /// `sum + 16 * value`.
+    unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32;
+    unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `(words >> shift) & 255` as `f32`.
+    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32;
+    unsafe fn to_f32(value: Self::I32) -> Self::F32;
+    /// Writes the nearest integers.
+    unsafe fn store_rounded(to: *mut i32, value: Self::F32);
     unsafe fn store(to: *mut f32, value: Self::F32);
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn sub(a: Self::F32, b: Self::F32) -> Self::F32;
@@ -136,13 +167,21 @@ macro_rules! dispatch {
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
         unsafe fn with_avx512 $(<$parameter: $bound>)? ($($name: $kind),*) {
             // SAFETY: this function's target features are those of `Avx512`; the rest is the caller's.
-            unsafe { $function::<simd::Avx512 $(, $parameter)?>($($name),*) }
+            unsafe { $function::<simd::Avx512<false> $(, $parameter)?>($($name),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+        unsafe fn with_vnni $(<$parameter: $bound>)? ($($name: $kind),*) {
+            // SAFETY: this function's target features are those of `Avx512` with VNNI; the rest is the caller's.
+            unsafe { $function::<simd::Avx512<true> $(, $parameter)?>($($name),*) }
         }
         match $set {
             #[cfg(target_arch = "x86_64")]
             simd::InstructionSet::Avx2 => with_avx2($($name),*),
             #[cfg(target_arch = "x86_64")]
             simd::InstructionSet::Avx512 => with_avx512($($name),*),
+            #[cfg(target_arch = "x86_64")]
+            simd::InstructionSet::Avx512Vnni => with_vnni($($name),*),
             _ => $function::<simd::Portable $(, $parameter)?>($($name),*),
         }
     }};

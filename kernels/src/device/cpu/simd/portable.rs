@@ -20,6 +20,7 @@ impl Simd for Portable {
     const TILE_ROWS: usize = 4;
     type F32 = [f32; LANES];
     type U32 = [u32; LANES];
+    type I32 = [i32; LANES];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::F32 {
@@ -56,6 +57,45 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn nibble(words: Self::U32, shift: u32) -> Self::F32 {
         each(|lane| ((words[lane] >> shift) & 15) as f32)
+    }
+    #[inline(always)]
+    unsafe fn nibbles(words: Self::U32) -> [Self::U32; 2] {
+        [words.map(|word| word & 0x0F0F_0F0F), words.map(|word| word >> 4 & 0x0F0F_0F0F)]
+    }
+    #[inline(always)]
+    unsafe fn zero() -> Self::I32 {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        let activations = activations.to_le_bytes().map(|byte| i32::from(byte as i8));
+        std::array::from_fn(|lane| {
+            let codes = codes[lane].to_le_bytes().map(i32::from);
+            codes.iter().zip(activations).fold(sum[lane], |sum, (code, activation)| sum + code * activation)
+        })
+    }
+    #[inline(always)]
+    unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32 {
+        std::array::from_fn(|lane| sum[lane] + 16 * value[lane])
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32 {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+    #[inline(always)]
+    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
+        each(|lane| (words[lane] >> shift & 255) as f32)
+    }
+    #[inline(always)]
+    unsafe fn to_f32(value: Self::I32) -> Self::F32 {
+        value.map(|value| value as f32)
+    }
+    #[inline(always)]
+    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
+        // SAFETY: the caller gives LANES writable elements.
+        unsafe {
+            to.cast::<[i32; LANES]>().write_unaligned(value.map(|value| value.round_ties_even() as i32))
+        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Self::F32) {

@@ -1,0 +1,152 @@
+//! Rows of activations in eight bits, for integer dot products.
+//!
+//! ```text
+//! scale = largest |a| of a chunk / 127,   q = round(a / scale)
+//! ```
+//!
+//! A chunk is what the weight scales together, of at most 128 inputs: as fine as the weight's own groups. Each row is
+//! rounded alone, so it has the same bits in any batch.
+
+use std::ops::Range;
+
+use super::DisjointSlices;
+use super::aligned::AlignedVec;
+use super::matrix::{CHUNK_DEPTH, Panels};
+use super::simd::{InstructionSet, Simd, dispatch};
+use super::thread_pool::ThreadPool;
+
+/// Rows that a task rounds.
+const ROWS_PER_TASK: usize = 8;
+/// Inputs in the two words of a step.
+pub(crate) const STEP_DEPTH: usize = 8;
+
+/// Rounded rows; their memory serves one product after the other.
+pub(crate) struct IntegerRows {
+    /// `[row, step, 2]`: inputs 0, 2, 4 and 6 of a step, then 1, 3, 5 and 7, a byte each; as words.
+    words: AlignedVec<f32>,
+    /// `[row, chunk, 2]`: the scale, and the sum of all q times it.
+    factors: AlignedVec<f32>,
+    steps: usize,
+    chunks: usize,
+}
+
+impl IntegerRows {
+    pub(crate) fn new() -> Self {
+        Self { words: AlignedVec::zeroed(0), factors: AlignedVec::zeroed(0), steps: 0, chunks: 0 }
+    }
+
+    /// Rounds `rows` rows of `input` in the chunks of `weight`.
+    pub(crate) fn fill<P: Panels>(
+        &mut self,
+        input: &[f32],
+        rows: usize,
+        weight: &P,
+        set: InstructionSet,
+        pool: &ThreadPool,
+    ) {
+        let inputs = weight.in_features();
+        self.steps = inputs.div_ceil(STEP_DEPTH);
+        self.chunks = chunks(weight).count();
+        let (words, factors) = (rows * self.steps * 2, rows * self.chunks * 2);
+        if self.words.len() < words {
+            self.words = AlignedVec::zeroed(words);
+        }
+        if self.factors.len() < factors {
+            self.factors = AlignedVec::zeroed(factors);
+        }
+        let (words_of_row, factors_of_row) = (self.steps * 2, self.chunks * 2);
+        let (words, factors) = (DisjointSlices::new(&mut self.words), DisjointSlices::new(&mut self.factors));
+        pool.run(rows.div_ceil(ROWS_PER_TASK), &|task| {
+            let first = task * ROWS_PER_TASK;
+            for row in first..rows.min(first + ROWS_PER_TASK) {
+                let input = &input[row * inputs..(row + 1) * inputs];
+                // SAFETY: each row has words and factors of its own; `set` was detected on this processor.
+                unsafe {
+                    let words = words.slice(row * words_of_row..(row + 1) * words_of_row);
+                    let factors = factors.slice(row * factors_of_row..(row + 1) * factors_of_row);
+                    let task = RowTask { input, weight, words, factors };
+                    dispatch!(set, <P: Panels> round_row(task: RowTask<'_, P>));
+                }
+            }
+        });
+    }
+
+    /// The words of `row` from the step of input `start` on.
+    pub(crate) fn words(&self, row: usize, start: usize) -> *const i32 {
+        self.words[(row * self.steps + start / STEP_DEPTH) * 2..].as_ptr().cast()
+    }
+
+    /// Words from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        2 * self.steps
+    }
+
+    /// The scale of a chunk of a row, and the sum of its activations.
+    pub(crate) fn factors(&self, row: usize, chunk: usize) -> (f32, f32) {
+        let at = (row * self.chunks + chunk) * 2;
+        (self.factors[at], self.factors[at + 1])
+    }
+}
+
+/// The inputs of each chunk, in order.
+pub(crate) fn chunks<P: Panels>(weight: &P) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let chunk = (start < weight.in_features()).then(|| start..start + weight.chunk_depth(start));
+        start = chunk.as_ref().map_or(start, |chunk| chunk.end);
+        chunk
+    })
+}
+
+struct RowTask<'a, P> {
+    input: &'a [f32],
+    weight: &'a P,
+    words: &'a mut [f32],
+    factors: &'a mut [f32],
+}
+
+#[inline(always)]
+unsafe fn round_row<S: Simd, P: Panels>(task: RowTask<'_, P>) {
+    let RowTask { input, weight, words, factors } = task;
+    let mut values = [0.0f32; CHUNK_DEPTH];
+    let mut rounded = [0i32; CHUNK_DEPTH];
+    for (chunk, factors) in chunks(weight).zip(factors.chunks_exact_mut(2)) {
+        let depth = chunk.len();
+        match weight.permutation() {
+            None => values[..depth].copy_from_slice(&input[chunk.clone()]),
+            Some(permutation) => {
+                for (value, &from) in values.iter_mut().zip(&permutation[chunk.clone()]) {
+                    *value = input[from as usize];
+                }
+            }
+        }
+        values[depth..].fill(0.0);
+        // SAFETY: 128 values are whole vectors of every width.
+        unsafe {
+            let mut largest = S::splat(0.0);
+            for at in (0..depth).step_by(S::WIDTH) {
+                let value = S::load(values.as_ptr().add(at));
+                largest = S::max(largest, S::max(value, S::sub(S::splat(0.0), value)));
+            }
+            let scale = S::largest(largest) / 127.0;
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            for at in (0..depth).step_by(S::WIDTH) {
+                let value = S::mul(S::load(values.as_ptr().add(at)), S::splat(inverse));
+                S::store_rounded(rounded.as_mut_ptr().add(at), value);
+            }
+            // A NaN or an infinity must not be rounded away.
+            let unsound = values[..depth].iter().fold(false, |found, value| found | !value.is_finite());
+            factors[0] = if unsound { f32::NAN } else { scale };
+        }
+        let rounded = &rounded[..depth.next_multiple_of(STEP_DEPTH)];
+        factors[1] = factors[0] * rounded.iter().sum::<i32>() as f32;
+        let first = chunk.start / STEP_DEPTH * 2;
+        for (step, words) in rounded.chunks_exact(STEP_DEPTH).zip(words[first..].chunks_exact_mut(2)) {
+            let word = |odd: usize| {
+                let byte = |at: usize| (step[2 * at + odd] as u32 & 0xFF) << (8 * at);
+                f32::from_bits(byte(0) | byte(1) | byte(2) | byte(3))
+            };
+            (words[0], words[1]) = (word(0), word(1));
+        }
+    }
+}
