@@ -17,15 +17,22 @@ pub(crate) struct DeviceArguments {
     /// Threads of the CPU device; all processors when not given.
     #[arg(long)]
     pub(crate) threads: Option<usize>,
-    /// What quantized weights multiply: int8 rounds activations to eight bits, a scale for each group, and is several
-    /// times as fast; f32 takes them as they are.
+}
+
+/// Where and how a command runs a model.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArguments {
+    #[command(flatten)]
+    pub(crate) device: DeviceArguments,
+    /// What quantized weights multiply: int8 rounds activations to eight bits, a scale for each group, and the output
+    /// head as well, and is several times as fast; f32 takes them as they are.
     #[arg(long, value_enum, default_value_t = ActivationsArgument::Int8)]
-    pub(crate) activations: ActivationsArgument,
+    activations: ActivationsArgument,
 }
 
 /// The choices of `--activations`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ActivationsArgument {
+enum ActivationsArgument {
     Int8,
     F32,
 }
@@ -44,15 +51,21 @@ impl DeviceArguments {
         self.threads.unwrap_or_else(processors).max(1)
     }
 
+    /// The CPU device, with activations as they are.
+    pub(crate) fn cpu(&self) -> Cpu {
+        match self.device {
+            Device::Auto | Device::Cpu => Cpu::new(self.threads()),
+        }
+    }
+}
+
+impl ModelArguments {
     /// The CPU device.
     pub(crate) fn cpu(&self) -> Cpu {
-        let activations = match self.activations {
+        self.device.cpu().with_activations(match self.activations {
             ActivationsArgument::Int8 => Activations::Integer,
             ActivationsArgument::F32 => Activations::Float,
-        };
-        match self.device {
-            Device::Auto | Device::Cpu => Cpu::new(self.threads()).with_activations(activations),
-        }
+        })
     }
 }
 
@@ -61,12 +74,8 @@ pub(crate) fn open_checkpoint(model: &str) -> anyhow::Result<Checkpoint> {
     Ok(Checkpoint::open(&model_directory(model)?)?)
 }
 
-/// Loads a checkpoint onto the CPU for sequences of up to `max_positions` tokens.
-pub(crate) fn load(
-    checkpoint: &Checkpoint,
-    device: &DeviceArguments,
-    max_positions: usize,
-) -> anyhow::Result<Model<Cpu>> {
-    Model::load(device.cpu(), checkpoint, max_positions)
+/// Loads a checkpoint onto `cpu` for sequences of up to `max_positions` tokens.
+pub(crate) fn load(checkpoint: &Checkpoint, cpu: Cpu, max_positions: usize) -> anyhow::Result<Model<Cpu>> {
+    Model::load(cpu, checkpoint, max_positions)
         .with_context(|| format!("cannot load {}", checkpoint.directory().display()))
 }

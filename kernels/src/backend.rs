@@ -56,6 +56,9 @@ pub trait Device {
     /// # Errors
     /// When the device has no kernel for its element type.
     fn pack_dense(&self, name: &str, matrix: &DenseMatrix<'_>) -> Result<Self::DenseMatrix, KernelError>;
+
+    /// Bits to which a dense output head is rounded when the rest of the model is quantized; none to keep it.
+    fn output_head_bits(&self) -> Option<u32>;
 }
 
 /// A number of elements.

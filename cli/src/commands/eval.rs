@@ -10,7 +10,7 @@ use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, eval
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, load, open_checkpoint};
 use crate::memory::spill;
 use crate::output::{Progress, print_json};
 
@@ -39,7 +39,7 @@ pub(crate) struct EvalArguments {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    device: DeviceArguments,
+    run: ModelArguments,
 }
 
 /// Runs the command.
@@ -88,13 +88,13 @@ fn score(
     let options = WindowOptions { window: arguments.window, windows: arguments.windows };
     let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
     if arguments.low_memory {
-        let (cpu, spill) = (arguments.device.cpu(), spill(&std::env::temp_dir()));
+        let (cpu, spill) = (arguments.run.cpu(), spill(&std::env::temp_dir()));
         let mut progress = |progress: StreamedProgress| {
             bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");
         };
         return Ok(evaluate_streamed(cpu, checkpoint, reference, tokens, options, &spill, &mut progress)?);
     }
-    let load = |checkpoint| load(checkpoint, &arguments.device, arguments.window);
+    let load = |checkpoint| load(checkpoint, arguments.run.cpu(), arguments.window);
     let mut model = load(checkpoint)?;
     let mut reference = reference.map(load).transpose()?;
     Ok(evaluate(&mut model, reference.as_mut(), tokens, options, &mut |progress| {

@@ -17,7 +17,7 @@ use nibble_model::forward::BLOCK_SIZE;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, load, open_checkpoint};
 use crate::output::{print_json, print_text};
 
 /// Arguments of `nibble generate`.
@@ -50,7 +50,7 @@ pub(crate) struct GenerateArguments {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    device: DeviceArguments,
+    run: ModelArguments,
 }
 
 /// Runs the command.
@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     );
     let max_tokens = arguments.max_tokens.min(longest - prompt_tokens);
     let tokens = prompt_tokens + max_tokens;
-    let model = load(&checkpoint, &arguments.device, tokens)?;
+    let model = load(&checkpoint, arguments.run.cpu(), tokens)?;
     let runner = ModelRunner::new(model, tokens.div_ceil(BLOCK_SIZE));
     let engine = Engine::start(Box::new(runner), EngineConfig::default())?;
     let sampling = SamplingParameters {

@@ -12,6 +12,7 @@
 //! checkpoint whose groups are not made of consecutive inputs (act-order with a `g_idx`).
 //! The last group may be partial: there are `ceil(in_features / group_size)` groups.
 
+use super::DenseMatrix;
 use crate::error::KernelError;
 
 const NAME: &str = "quantized matrix";
@@ -84,6 +85,57 @@ impl QuantizedMatrix {
             }
         }
         Ok(Self { parts })
+    }
+
+    /// `matrix` with every weight rounded to the nearest of `2^bits - 1` values around zero, evenly spaced up to the
+    /// largest of its group.
+    ///
+    /// # Errors
+    /// When a weight is not finite, or bits or group size are out of range.
+    pub fn round_to_nearest(
+        matrix: &DenseMatrix<'_>,
+        bits: u32,
+        group_size: usize,
+    ) -> Result<Self, KernelError> {
+        KernelError::require((2..=8).contains(&bits), NAME, "bits", bits, "must be 2 to 8")?;
+        KernelError::require(group_size > 0, NAME, "group_size", group_size, "must be positive")?;
+        let (out_features, in_features) = (matrix.out_features(), matrix.in_features());
+        let middle = (1u32 << (bits - 1)) as f32;
+        let groups = in_features.div_ceil(group_size);
+        let mut codes = Vec::with_capacity(out_features * in_features);
+        let mut scales = Vec::with_capacity(out_features * groups);
+        let mut row = Vec::with_capacity(in_features);
+        for output in 0..out_features {
+            row.clear();
+            row.extend((0..in_features).map(|input| matrix.values().get(output * in_features + input)));
+            for group in row.chunks(group_size) {
+                let largest = group.iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
+                let unsound = group.iter().find(|weight| !weight.is_finite());
+                KernelError::require(
+                    unsound.is_none(),
+                    NAME,
+                    "weights",
+                    unsound.unwrap_or(&0.0),
+                    "must be finite",
+                )?;
+                let scale = largest / (middle - 1.0);
+                let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                scales.push(scale);
+                codes.extend(group.iter().map(|weight| ((weight * inverse).round() + middle) as u8));
+            }
+        }
+        let zero_points = vec![middle as u8; out_features * groups];
+        let input_permutation = None;
+        Self::new(QuantizedParts {
+            out_features,
+            in_features,
+            bits,
+            group_size,
+            codes,
+            scales,
+            zero_points,
+            input_permutation,
+        })
     }
 
     /// Number of outputs.

@@ -64,7 +64,7 @@ impl<B: Backend> Model<B> {
         let config = checkpoint.config().clone();
         paged_attention::check_heads(config.heads, config.kv_heads, config.head_dim)?;
         let head = load_output_head(&backend, checkpoint)?;
-        let embedding = if config.tie_word_embeddings {
+        let embedding = if config.tie_word_embeddings && head.dense().is_some() {
             Table::Head
         } else {
             let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);

@@ -7,15 +7,19 @@
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::Backend;
 use nibble_kernels::ops::{gather_rows, rms_norm};
+use nibble_kernels::tensor::QuantizedMatrix;
 
 use super::ModelError;
 use super::batch::Logits;
 use super::linear::{Linear, LinearSpec, upload};
 use super::streamed::EMBEDDING;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, LinearWeight};
 
 /// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
 const LOGIT_ROWS: usize = 64;
+
+/// Inputs that share a scale in a head that is rounded when it is loaded.
+const ROUNDED_GROUP: usize = 128;
 
 /// The final norm, and buffers for up to [`LOGIT_ROWS`] rows.
 pub(crate) struct OutputStage<B: Backend> {
@@ -86,7 +90,8 @@ impl<B: Backend> OutputHead<B> {
     }
 }
 
-/// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied.
+/// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied. A dense one of a
+/// quantized checkpoint is rounded to the bits that the device wants.
 ///
 /// # Errors
 /// When a tensor is missing or malformed, or the device has no kernel for it.
@@ -95,13 +100,20 @@ pub(crate) fn load_output_head<B: Backend>(
     checkpoint: &Checkpoint,
 ) -> Result<Linear<B>, ModelError> {
     let config = checkpoint.config();
-    let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
-    if config.tie_word_embeddings {
-        checkpoint.refuse_quantized("lm_head", "none: tie_word_embeddings takes the embedding table")?;
-        let table = checkpoint.dense(EMBEDDING, vocabulary, hidden)?;
-        return Ok(Linear::pack_dense(backend, "lm_head", &table)?);
-    }
-    Linear::load(backend, checkpoint, &LinearSpec::output_head(config))
+    let spec = LinearSpec::output_head(config);
+    let weight = if config.tie_word_embeddings {
+        checkpoint.refuse_quantized(&spec.name, "none: tie_word_embeddings takes the embedding table")?;
+        LinearWeight::Dense(checkpoint.dense(EMBEDDING, spec.out_features, spec.in_features)?)
+    } else {
+        checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?
+    };
+    let weight = match (weight, backend.output_head_bits()) {
+        (LinearWeight::Dense(matrix), Some(bits)) if config.quantization.is_some() => {
+            LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, bits, ROUNDED_GROUP)?)
+        }
+        (weight, _) => weight,
+    };
+    Ok(Linear::pack(backend, &spec.name, &weight, None)?)
 }
 
 impl<B: Backend> OutputStage<B> {

@@ -7,7 +7,7 @@ use nibble_kernels::device::cpu::Cpu;
 use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Model, ModelError};
 use serde_json::json;
 
-use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, load, open_checkpoint};
 use crate::output::print_json;
 
 /// Arguments of `nibble bench latency`.
@@ -28,7 +28,7 @@ pub(crate) struct LatencyArguments {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    device: DeviceArguments,
+    run: ModelArguments,
 }
 
 /// Runs the command.
@@ -36,7 +36,7 @@ pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
     anyhow::ensure!(arguments.prompt_tokens > 0, "--prompt-tokens must be at least 1");
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokens = arguments.prompt_tokens + arguments.output_tokens;
-    let mut model = load(&checkpoint, &arguments.device, tokens)?;
+    let mut model = load(&checkpoint, arguments.run.cpu(), tokens)?;
     let mut cache = model.kv_cache(tokens.div_ceil(BLOCK_SIZE));
     let (mut prompt, mut output) = (Vec::new(), Vec::new());
     for repeat in 0..=arguments.repeats {
@@ -47,7 +47,7 @@ pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
             output.push(arguments.output_tokens as f64 / output_seconds);
         }
     }
-    let (prompt, output, threads) = (median(prompt), median(output), arguments.device.threads());
+    let (prompt, output, threads) = (median(prompt), median(output), arguments.run.device.threads());
     if arguments.json {
         return print_json(&json!({
             "prompt_tokens_per_second": prompt,

@@ -62,7 +62,7 @@ impl CalibrationArguments {
              give either, or ./self for a file of that name"
         );
         let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-        let mut model = load(checkpoint, device, sequence_length)?;
+        let mut model = load(checkpoint, device.cpu(), sequence_length)?;
         let mut bar = Progress::new("writing the calibration text");
         Ok(Some(Calibration::from_model(&mut model, &tokenizer, options, &mut |tokens, wanted| {
             bar.update(tokens as u64, wanted as u64, "tokens");

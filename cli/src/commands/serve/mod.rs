@@ -18,7 +18,7 @@ use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
 use nibble_server::{ReasoningFormat, ServedModel, ServerOptions, Service, ToolCallFormat};
 
-use crate::device::{DeviceArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, load, open_checkpoint};
 use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
 use crate::output::start_logging;
 use engine::{EngineArguments, SchedulingPolicy};
@@ -58,7 +58,7 @@ pub(crate) struct ServeArguments {
     #[arg(long)]
     self_test: bool,
     #[command(flatten)]
-    device: DeviceArguments,
+    run: ModelArguments,
     #[command(flatten)]
     engine: EngineArguments,
     #[command(flatten)]
@@ -131,7 +131,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     if let Some(test) = &self_test {
         test.check_weights(&checkpoint)?;
     }
-    let mut model = load(&checkpoint, &arguments.device, plan.max_model_len)?;
+    let mut model = load(&checkpoint, arguments.run.cpu(), plan.max_model_len)?;
     if let Some(test) = &self_test {
         let difference = test.check_model(&mut model, checkpoint.directory())?;
         let (weights, tolerance) = (test.weights.len(), test.tolerance);

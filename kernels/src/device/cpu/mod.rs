@@ -38,7 +38,7 @@ pub enum Activations {
     /// Activations as they are, in 32 bits.
     Float,
     /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
-    /// inputs: several times as fast.
+    /// inputs: several times as fast. A dense output head of a quantized model is held in eight bits as well.
     Integer,
 }
 
@@ -191,6 +191,13 @@ impl Device for Cpu {
 
     fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CpuPackedMatrix, KernelError> {
         Ok(CpuPackedMatrix::new(matrix))
+    }
+
+    fn output_head_bits(&self) -> Option<u32> {
+        match self.activations {
+            Activations::Float => None,
+            Activations::Integer => Some(8),
+        }
     }
 
     fn pack_dense(&self, _: &str, matrix: &DenseMatrix<'_>) -> Result<CpuDenseMatrix, KernelError> {
