@@ -25,9 +25,10 @@ pub(crate) struct ModelArguments {
     #[command(flatten)]
     pub(crate) device: DeviceArguments,
     /// What quantized weights multiply: int8 rounds activations to eight bits, a scale for each group, and the output
-    /// head as well, and is several times as fast; f32 takes them as they are.
-    #[arg(long, value_enum, default_value_t = ActivationsArgument::Int8)]
-    activations: ActivationsArgument,
+    /// head as well, and is several times as fast; f32 takes them as they are. Without it `eval` takes f32, other
+    /// commands int8.
+    #[arg(long, value_enum)]
+    activations: Option<ActivationsArgument>,
 }
 
 /// The choices of `--activations`.
@@ -60,11 +61,17 @@ impl DeviceArguments {
 }
 
 impl ModelArguments {
-    /// The CPU device.
+    /// The CPU device, as fast as it gets unless something else is asked for.
     pub(crate) fn cpu(&self) -> Cpu {
+        self.cpu_or(Activations::Integer)
+    }
+
+    /// The CPU device, with `default` unless something else is asked for.
+    pub(crate) fn cpu_or(&self, default: Activations) -> Cpu {
         self.device.cpu().with_activations(match self.activations {
-            ActivationsArgument::Int8 => Activations::Integer,
-            ActivationsArgument::F32 => Activations::Float,
+            None => default,
+            Some(ActivationsArgument::Int8) => Activations::Integer,
+            Some(ActivationsArgument::F32) => Activations::Float,
         })
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
+use nibble_kernels::device::cpu::Activations;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, evaluate, evaluate_streamed};
 use nibble_model::tokenizer::Tokenizer;
@@ -85,16 +86,18 @@ fn score(
     reference: Option<&Checkpoint>,
     tokens: &[u32],
 ) -> anyhow::Result<Evaluation> {
+    // What is measured is the weights, as other programs measure them.
+    let cpu = || arguments.run.cpu_or(Activations::Float);
     let options = WindowOptions { window: arguments.window, windows: arguments.windows };
     let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
     if arguments.low_memory {
-        let (cpu, spill) = (arguments.run.cpu(), spill(&std::env::temp_dir()));
+        let spill = spill(&std::env::temp_dir());
         let mut progress = |progress: StreamedProgress| {
             bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");
         };
-        return Ok(evaluate_streamed(cpu, checkpoint, reference, tokens, options, &spill, &mut progress)?);
+        return Ok(evaluate_streamed(cpu(), checkpoint, reference, tokens, options, &spill, &mut progress)?);
     }
-    let load = |checkpoint| load(checkpoint, arguments.run.cpu(), arguments.window);
+    let load = |checkpoint| load(checkpoint, cpu(), arguments.window);
     let mut model = load(checkpoint)?;
     let mut reference = reference.map(load).transpose()?;
     Ok(evaluate(&mut model, reference.as_mut(), tokens, options, &mut |progress| {

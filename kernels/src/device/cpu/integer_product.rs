@@ -9,6 +9,8 @@
 //! with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
 //! activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
 
+use std::mem::MaybeUninit;
+
 use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
 use super::matrix::{IntegerPanels, PANEL_COLUMNS};
 use super::panel_product::{SharedOutput, write_row};
@@ -62,15 +64,23 @@ impl<P: IntegerPanels> IntegerProduct<'_, P> {
 #[inline(always)]
 unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     let rows = task.rows.len();
-    let mut totals = [0.0f32; ROW_BLOCK * PANEL_COLUMNS];
+    // Written by the first chunk: to clear it would take as long as a chunk of one row.
+    let mut totals = [const { MaybeUninit::<f32>::uninit() }; ROW_BLOCK * PANEL_COLUMNS];
+    if task.weight.in_features() == 0 {
+        totals.fill(MaybeUninit::new(0.0));
+    }
     for (chunk, inputs) in chunks(task.weight).enumerate() {
         let (start, steps) = (inputs.start, inputs.len().div_ceil(STEP_DEPTH));
         let part = Part { chunk, start, steps };
         for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(&task, &part, row, &mut totals));
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
-        // SAFETY: this task alone writes its panel of its rows, which the output holds.
-        unsafe { write_row(task.weight, task.bias, task.output, task.panel, row, values) };
+        // SAFETY: this task alone writes its panel of its rows, which the output holds; the first chunk, or the lack
+        // of one, has written the totals of every row.
+        unsafe {
+            let values = std::slice::from_raw_parts(values.as_ptr().cast(), PANEL_COLUMNS);
+            write_row(task.weight, task.bias, task.output, task.panel, row, values);
+        }
     }
 }
 
@@ -87,7 +97,7 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
     task: &Task<'_, P>,
     part: &Part,
     row: usize,
-    totals: &mut [f32; ROW_BLOCK * PANEL_COLUMNS],
+    totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
 ) {
     let first = task.rows.start + row;
     let words = task.input.words(first, part.start);
@@ -97,11 +107,11 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
         unsafe {
             let mut sums = [[[S::zero(); 2]; 2]; M];
             for step in 0..part.steps {
-                let mut codes = [[task.weight.codes::<S>(task.panel, part.start, step, column); 2]; 1];
-                codes[0][1] = task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH);
+                let codes = [0, S::WIDTH]
+                    .map(|right| task.weight.codes::<S>(task.panel, part.start, step, column + right));
                 for (member, sums) in sums.iter_mut().enumerate() {
                     let words = words.add(member * stride + 2 * step);
-                    for (sums, codes) in sums.iter_mut().zip(codes[0]) {
+                    for (sums, codes) in sums.iter_mut().zip(codes) {
                         // Few rows do not fill the pipeline with one sum for each vector.
                         let odd = usize::from(M <= 2);
                         sums[0] = P::dot::<S>(sums[0], codes[0], *words);
@@ -116,9 +126,10 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
                     let zero_points = task.weight.zero_points::<S>(task.panel, part.start, column);
                     let dot = S::mul(S::splat(scale), S::to_f32(S::add_i32(even, odd)));
                     let value = S::multiply_add(zero_points, S::splat(-sum), dot);
-                    let total = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column);
+                    let total = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast();
                     let weight_scale = task.weight.scale::<S>(task.panel, part.start, column);
-                    S::store(total, S::multiply_add(weight_scale, value, S::load(total)));
+                    let before = if part.chunk == 0 { S::splat(0.0) } else { S::load(total) };
+                    S::store(total, S::multiply_add(weight_scale, value, before));
                 }
             }
         }

@@ -22,8 +22,8 @@ pub(crate) const STEP_DEPTH: usize = 8;
 
 /// Rounded rows; their memory serves one product after the other.
 pub(crate) struct IntegerRows {
-    /// `[row, step, 2]`: inputs 0, 2, 4 and 6 of a step, then 1, 3, 5 and 7, a byte each; as words.
-    words: AlignedVec<f32>,
+    /// `[row, step, 2]`: inputs 0, 2, 4 and 6 of a step, then 1, 3, 5 and 7, a byte each.
+    words: AlignedVec<i32>,
     /// `[row, chunk, 2]`: the scale, and the sum of all q times it.
     factors: AlignedVec<f32>,
     steps: usize,
@@ -73,7 +73,7 @@ impl IntegerRows {
 
     /// The words of `row` from the step of input `start` on.
     pub(crate) fn words(&self, row: usize, start: usize) -> *const i32 {
-        self.words[(row * self.steps + start / STEP_DEPTH) * 2..].as_ptr().cast()
+        self.words[(row * self.steps + start / STEP_DEPTH) * 2..].as_ptr()
     }
 
     /// Words from one row to the next.
@@ -101,7 +101,7 @@ pub(crate) fn chunks<P: Panels>(weight: &P) -> impl Iterator<Item = Range<usize>
 struct RowTask<'a, P> {
     input: &'a [f32],
     weight: &'a P,
-    words: &'a mut [f32],
+    words: &'a mut [i32],
     factors: &'a mut [f32],
 }
 
@@ -143,8 +143,8 @@ unsafe fn round_row<S: Simd, P: Panels>(task: RowTask<'_, P>) {
         let first = chunk.start / STEP_DEPTH * 2;
         for (step, words) in rounded.chunks_exact(STEP_DEPTH).zip(words[first..].chunks_exact_mut(2)) {
             let word = |odd: usize| {
-                let byte = |at: usize| (step[2 * at + odd] as u32 & 0xFF) << (8 * at);
-                f32::from_bits(byte(0) | byte(1) | byte(2) | byte(3))
+                let byte = |at: usize| (step[2 * at + odd] & 0xFF) << (8 * at);
+                byte(0) | byte(1) | byte(2) | byte(3)
             };
             (words[0], words[1]) = (word(0), word(1));
         }

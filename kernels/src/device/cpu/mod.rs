@@ -210,17 +210,17 @@ fn fits(operation: &'static str, needed: usize, length: usize) -> Result<(), Ker
 }
 
 /// A slice whose disjoint parts are written by different tasks of one operation.
-pub(crate) struct DisjointSlices<'a> {
-    start: *mut f32,
+pub(crate) struct DisjointSlices<'a, T = f32> {
+    start: *mut T,
     length: usize,
-    slice: std::marker::PhantomData<&'a mut [f32]>,
+    slice: std::marker::PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: parts are only handed out through `slice`, whose caller promises that they are disjoint.
-unsafe impl Sync for DisjointSlices<'_> {}
+unsafe impl<T: Send> Sync for DisjointSlices<'_, T> {}
 
-impl<'a> DisjointSlices<'a> {
-    pub(crate) fn new(slice: &'a mut [f32]) -> Self {
+impl<'a, T> DisjointSlices<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), length: slice.len(), slice: std::marker::PhantomData }
     }
 
@@ -232,7 +232,7 @@ impl<'a> DisjointSlices<'a> {
     /// # Panics
     /// When the range is outside the slice.
     #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-    pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &mut [f32] {
+    pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.length, "part outside the slice");
         // SAFETY: within the slice, and disjoint from every other living part by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }

@@ -94,7 +94,7 @@ impl Simd for Portable {
     unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
         // SAFETY: the caller gives LANES writable elements.
         unsafe {
-            to.cast::<[i32; LANES]>().write_unaligned(value.map(|value| value.round_ties_even() as i32))
+            to.cast::<[i32; LANES]>().write_unaligned(value.map(|value| value.round_ties_even() as i32));
         }
     }
     #[inline(always)]
