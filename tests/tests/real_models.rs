@@ -77,9 +77,10 @@ fn smollm2() -> &'static Path {
     IMPORTED.get_or_init(|| import("smollm2-135m", scratch()))
 }
 
-fn perplexity(model: &Path, golden: &GoldenPerplexity) -> Value {
+fn perplexity(model: &Path, golden: &GoldenPerplexity, activations: &str) -> Value {
     let window = golden.window.to_string();
-    let report = nibble::json(&arguments!["eval", model, "--text", excerpt(), "--window", window, "--json"]);
+    let command = arguments!["eval", model, "--text", excerpt(), "--window", window, "--json"];
+    let report = nibble::json(&[&command[..], &arguments!["--activations", activations]].concat());
     assert_eq!(report["predicted_tokens"], golden.predicted_tokens);
     report
 }
@@ -107,14 +108,14 @@ fn agrees_with_transformers(directory: &Path, golden: &GoldenModel) {
             assert!(error < 1e-3, "{} row {}: {} for {expected}", golden.name, row.row, found[id]);
         }
     }
-    let report = perplexity(directory, &golden.perplexity);
+    let report = perplexity(directory, &golden.perplexity, "f32");
     let ratio = report["perplexity"].as_f64().expect("a number") / golden.perplexity.value;
     assert!((ratio - 1.0).abs() < 1e-3, "{}: perplexity ratio {ratio}", golden.name);
 }
 
-fn answers(directory: &Path) -> Value {
+fn answers(directory: &Path, activations: &str) -> Value {
     let question = golden().question;
-    let command = arguments!["generate", directory, "--prompt", question];
+    let command = arguments!["generate", directory, "--prompt", question, "--activations", activations];
     let options = arguments!["--temperature", "0", "--max-tokens", "24", "--json"];
     nibble::json(&[&command[..], &options].concat())
 }
@@ -123,7 +124,7 @@ fn answers(directory: &Path) -> Value {
 fn imported_smollm2_is_the_model_that_transformers_runs() {
     let golden = golden_of("smollm2-135m");
     agrees_with_transformers(smollm2(), &golden);
-    let answer = answers(smollm2());
+    let answer = answers(smollm2(), "int8");
     assert_eq!(answer["text"], golden.answer.text);
     assert_eq!(answer["token_ids"], serde_json::json!(golden.answer.token_ids));
 }
@@ -133,7 +134,7 @@ fn imported_qwen2_5_coder_is_the_model_that_transformers_runs() {
     let golden = golden_of("qwen2.5-coder-0.5b");
     let directory = import("qwen2.5-coder-0.5b", scratch());
     agrees_with_transformers(&directory, &golden);
-    assert_eq!(answers(&directory)["text"], golden.answer.text);
+    assert_eq!(answers(&directory, "int8")["text"], golden.answer.text);
 }
 
 #[test]
@@ -149,9 +150,13 @@ fn quantized_smollm2_stays_near_the_original_and_gptq_nearer_than_rtn() {
         let bits = report["bits_per_weight"].as_f64().expect("a number");
         assert!((4.0..4.5).contains(&bits), "{bits} bits per weight");
         assert_eq!(report["layers"].as_array().expect("a list").len(), 30 * 7);
-        let found = perplexity(&out, &golden.perplexity)["perplexity"].as_f64().expect("a number");
+        let found = perplexity(&out, &golden.perplexity, "f32")["perplexity"].as_f64().expect("a number");
         loss.push(found / golden.perplexity.value - 1.0);
-        let answer = answers(&out);
+        let rounded = perplexity(&out, &golden.perplexity, "int8")["perplexity"].as_f64().expect("a number");
+        let cost = rounded / found - 1.0;
+        assert!(cost.abs() < 0.02, "activations in eight bits cost {cost} of the perplexity of {method}");
+        assert!(rounded != found, "they are not the same");
+        let answer = answers(&out, "f32");
         let text = answer["text"].as_str().expect("a text");
         assert!(text.contains("Paris"), "{method} answers {text:?}");
     }

@@ -107,8 +107,11 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
         unsafe {
             let mut sums = [[[S::zero(); 2]; 2]; M];
             for step in 0..part.steps {
-                let codes = [0, S::WIDTH]
-                    .map(|right| task.weight.codes::<S>(task.panel, part.start, step, column + right));
+                // No closure: it would be compiled without the instruction set.
+                let codes = [
+                    task.weight.codes::<S>(task.panel, part.start, step, column),
+                    task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
+                ];
                 for (member, sums) in sums.iter_mut().enumerate() {
                     let words = words.add(member * stride + 2 * step);
                     for (sums, codes) in sums.iter_mut().zip(codes) {
