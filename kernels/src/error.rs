@@ -27,6 +27,16 @@ pub enum KernelError {
         /// What is allowed.
         requirement: &'static str,
     },
+    /// The device refused or failed.
+    #[error("{device}: cannot {action}: {reason}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What was asked of it.
+        action: String,
+        /// What it answered, and what to do.
+        reason: String,
+    },
 }
 
 impl KernelError {

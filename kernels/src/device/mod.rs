@@ -1,3 +1,4 @@
 //! The devices operations run on.
 
 pub mod cpu;
+pub mod cuda;
