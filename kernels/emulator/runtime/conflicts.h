@@ -1,0 +1,90 @@
+// Bank conflicts: accesses of single lanes to shared memory put together again to the requests their warp made.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace emulator {
+
+constexpr uint32_t NO_ACCESS = ~0u;
+
+// Cycles that lanes' accesses of `size` bytes at `offsets` take: as many as there are different 4-byte words in one of
+// the 32 banks. At most 128 bytes are served at once, so wider accesses are served in phases. Gives the number of
+// phases, and the cycles above one for each.
+inline void count_cycles(const uint32_t* offsets, uint32_t lanes, uint32_t size, uint64_t& phases, uint64_t& extra) {
+    uint32_t words = size < 4 ? 1 : size / 4;
+    uint32_t lanes_per_phase = 32 / words;
+    for (uint32_t first = 0; first < lanes; first += lanes_per_phase) {
+        uint32_t found[32][32];
+        uint32_t counts[32] = {};
+        uint32_t cycles = 0;
+        for (uint32_t lane = first; lane < first + lanes_per_phase && lane < lanes; lane++) {
+            if (offsets[lane] == NO_ACCESS) continue;
+            for (uint32_t part = 0; part < words; part++) {
+                uint32_t word = offsets[lane] / 4 + part, bank = word % 32;
+                bool known = false;
+                for (uint32_t i = 0; i < counts[bank]; i++) known |= found[bank][i] == word;
+                if (!known) found[bank][counts[bank]++] = word;
+                if (counts[bank] > cycles) cycles = counts[bank];
+            }
+        }
+        phases += cycles > 0;
+        extra += cycles > 1 ? cycles - 1 : 0;
+    }
+}
+
+// The accesses of a warp since its lanes last were at one place. The i-th time that each lane was at one instruction is
+// taken for one request.
+class AccessLog {
+  public:
+    void add(const void* instruction, uint32_t lane, uint32_t offset, uint32_t size) {
+        Site& site = find(instruction, size);
+        uint32_t time = site.times[lane]++;
+        if (site.requests.size() <= time) {
+            site.requests.emplace_back();
+            site.requests.back().fill(NO_ACCESS);
+        }
+        site.requests[time][lane] = offset;
+        empty_ = false;
+    }
+
+    void flush(uint64_t& phases, uint64_t& extra) {
+        if (empty_) return;
+        for (Site& site : sites_) {
+            for (auto& request : site.requests) count_cycles(request.data(), 32, site.size, phases, extra);
+            site.requests.clear();
+            site.times.fill(0);
+        }
+        empty_ = true;
+    }
+
+    void forget() {
+        sites_.clear();
+        latest_ = 0;
+        empty_ = true;
+    }
+
+  private:
+    struct Site {
+        const void* instruction;
+        uint32_t size;
+        std::array<uint32_t, 32> times{};
+        std::vector<std::array<uint32_t, 32>> requests;
+    };
+
+    Site& find(const void* instruction, uint32_t size) {
+        if (latest_ < sites_.size() && sites_[latest_].instruction == instruction) return sites_[latest_];
+        for (latest_ = 0; latest_ < sites_.size(); latest_++) {
+            if (sites_[latest_].instruction == instruction) return sites_[latest_];
+        }
+        sites_.push_back({instruction, size, {}, {}});
+        return sites_[latest_];
+    }
+
+    std::vector<Site> sites_;
+    size_t latest_ = 0;
+    bool empty_ = true;
+};
+
+}  // namespace emulator

@@ -1,0 +1,137 @@
+// Every access of a kernel to memory: whose memory is it, is it aligned, does it race.
+#pragma once
+
+#include "machine.h"
+
+// The first byte of this shared object, and the end of it: a kernel may read its own constants.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[];
+extern "C" __attribute__((visibility("hidden"))) const char _end[];
+
+namespace emulator {
+
+static u64 number(const void* pointer) { return reinterpret_cast<u64>(pointer); }
+
+static bool in_shared(const void* pointer) { return number(pointer) - number(machine->shared) < machine->shared_bytes; }
+
+static Accessor accessor() {
+    Machine& m = *machine;
+    return {m.current->index, m.shadow.block_barrier, m.current_warp().barrier_stamp};
+}
+
+[[noreturn]] __attribute__((noinline, cold)) static void fail_race(const char* what, u32 offset, u32 size,
+                                                                    const Access& other) {
+    const char* others = other.kind == Access::PENDING_COPY ? "has started an asynchronous copy to it and not waited"
+                         : other.kind == Access::MANY_WARPS ? "(and others) accessed it with no barrier in between"
+                                                            : "accessed it with no barrier in between";
+    fail("race in shared memory: %s %u bytes at offset %u, thread %u %s", what, size, offset, other.thread, others);
+}
+
+// The part of `size` bytes that must lie in shared memory; gives their offset.
+static u32 shared_offset(const void* pointer, u32 size, const char* what) {
+    Machine& m = *machine;
+    u64 offset = number(pointer) - number(m.shared);
+    if (offset >= m.shared_bytes || offset + size > m.shared_bytes) {
+        fail("%s %u bytes at offset %lld of shared memory, which has %u", what, size, static_cast<long long>(offset),
+             m.shared_bytes);
+    }
+    return static_cast<u32>(offset);
+}
+
+static void check_global(const void* pointer, u32 size, bool store, const char* what) {
+    Machine& m = *machine;
+    u64 start = number(pointer);
+    if (start >= m.last_range.start && start + size <= m.last_range.end) return;
+    const NibbleRange* ranges = m.launch->ranges;
+    u64 low = 0, high = m.launch->range_count;
+    if (high == 0) return;
+    // The last range that starts at or before the access.
+    while (high - low > 1) {
+        u64 middle = (low + high) / 2;
+        (ranges[middle].start <= start ? low : high) = middle;
+    }
+    if (start >= ranges[low].start && start + size <= ranges[low].end) {
+        m.last_range = ranges[low];
+        return;
+    }
+    if (!store && start >= number(__ehdr_start) && start + size <= number(_end)) return;
+    if (start - number(m.shared_storage.data()) < m.shared_storage.size()) shared_offset(pointer, size, what);
+    fail("%s %u bytes at address %llx, outside of device memory: %lld bytes after the start of an allocation of %llu bytes",
+         what, size, static_cast<unsigned long long>(start), static_cast<long long>(start - ranges[low].start),
+         static_cast<unsigned long long>(ranges[low].end - ranges[low].start));
+}
+
+// A load or store of one thread, seen by the compiler's instrumentation or made by a wrapper.
+template <bool store>
+__attribute__((always_inline)) inline void access(const void* pointer, u32 size, bool aligned, const void* instruction) {
+    Machine* m = machine;
+    if (!m || number(pointer) - number(m->current->stack) < STACK_BYTES) return;
+    const char* what = store ? "stores" : "loads";
+    if (aligned && number(pointer) % size != 0) {
+        fail("%s %u bytes at address %llx, which is not a multiple of %u", what, size,
+             static_cast<unsigned long long>(number(pointer)), size);
+    }
+    if (in_shared(pointer)) {
+        u32 offset = shared_offset(pointer, size, what);
+        const Access* other = store ? m->shadow.write(offset, size, accessor()) : m->shadow.read(offset, size, accessor());
+        if (other) fail_race(what, offset, size, *other);
+        if (size <= 16) m->current_warp().log.add(instruction, m->current_lane(), offset, size);
+        return;
+    }
+    check_global(pointer, size, store, what);
+    if (size <= 16) (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
+}
+
+}  // namespace emulator
+
+extern "C" {
+
+// What -fsanitize=thread calls before each access.
+#define NIBBLE_ACCESS(size)                                                                                    \
+    void __tsan_read##size(void* at) { emulator::access<false>(at, size, true, __builtin_return_address(0)); } \
+    void __tsan_write##size(void* at) { emulator::access<true>(at, size, true, __builtin_return_address(0)); }
+#define NIBBLE_UNALIGNED_ACCESS(size)                                      \
+    void __tsan_unaligned_read##size(void* at) {                           \
+        emulator::access<false>(at, size, false, __builtin_return_address(0)); \
+    }                                                                      \
+    void __tsan_unaligned_write##size(void* at) {                          \
+        emulator::access<true>(at, size, false, __builtin_return_address(0));  \
+    }
+NIBBLE_ACCESS(1)
+NIBBLE_ACCESS(2)
+NIBBLE_ACCESS(4)
+NIBBLE_ACCESS(8)
+NIBBLE_ACCESS(16)
+NIBBLE_UNALIGNED_ACCESS(2)
+NIBBLE_UNALIGNED_ACCESS(4)
+NIBBLE_UNALIGNED_ACCESS(8)
+NIBBLE_UNALIGNED_ACCESS(16)
+#undef NIBBLE_ACCESS
+#undef NIBBLE_UNALIGNED_ACCESS
+void __tsan_read_range(void* at, unsigned long size) {
+    if (size) emulator::access<false>(at, static_cast<uint32_t>(size), false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* at, unsigned long size) {
+    if (size) emulator::access<true>(at, static_cast<uint32_t>(size), false, __builtin_return_address(0));
+}
+void __tsan_init() {}
+
+emulator::Words nibble_load_16(const void* from) {
+    emulator::access<false>(from, 16, true, __builtin_return_address(0));
+    emulator::Words words;
+    memcpy(&words, from, 16);
+    return words;
+}
+
+void nibble_store_16(void* to, emulator::Words words) {
+    emulator::access<true>(to, 16, true, __builtin_return_address(0));
+    memcpy(to, &words, 16);
+}
+
+uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
+    if (emulator::number(word) % 4 != 0) emulator::fail("adds to a word at a misaligned address");
+    emulator::check_global(word, 4, true, "adds to");
+    uint32_t before = *word;
+    *word = before + value;
+    return before;
+}
+}
