@@ -27,6 +27,8 @@ typedef float Floats __attribute__((vector_size(16)));
 
 constexpr u32 WARP = 32;
 constexpr u32 MAX_THREADS = 1024;
+// Accesses, collectives and barriers after which a block is taken for one that never ends: seconds of emulation.
+constexpr u32 MAX_STEPS = 1u << 29;
 
 // A copy from global to shared memory that was started and not yet waited for.
 struct AsyncCopy {
@@ -85,6 +87,7 @@ struct Machine {
     bool failed = false;
     void* host_context = nullptr;
     u64 random_state = 0;
+    u32 steps = 0;
 
     u8* shared = nullptr;
     u32 shared_bytes = 0;
@@ -123,6 +126,10 @@ static thread_local Machine* machine __attribute__((tls_model("initial-exec"))) 
     m.failed = true;
     nibble_switch_fiber(&m.current->context, m.host_context);
     __builtin_unreachable();
+}
+
+static inline void count_step() {
+    if (++machine->steps > MAX_STEPS) fail("the block does not end: %u accesses, collectives and barriers", MAX_STEPS);
 }
 
 static void switch_to(Thread& next) {
@@ -173,6 +180,7 @@ static void run_another() {
 static void join(Collective collective) {
     Machine& m = *machine;
     Warp& warp = m.current_warp();
+    count_step();
     if (warp.at_collective == 0) {
         warp.collective = collective;
     } else if (warp.collective != collective) {

@@ -65,6 +65,7 @@ template <bool store>
 __attribute__((always_inline)) inline void access(const void* pointer, u32 size, bool aligned, const void* instruction) {
     Machine* m = machine;
     if (!m || number(pointer) - number(m->current->stack) < STACK_BYTES) return;
+    count_step();
     const char* what = store ? "stores" : "loads";
     if (aligned && number(pointer) % size != 0) {
         fail("%s %u bytes at address %llx, which is not a multiple of %u", what, size,
@@ -128,6 +129,7 @@ void nibble_store_16(void* to, emulator::Words words) {
 }
 
 uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
+    emulator::count_step();
     if (emulator::number(word) % 4 != 0) emulator::fail("adds to a word at a misaligned address");
     emulator::check_global(word, 4, true, "adds to");
     uint32_t before = *word;

@@ -61,7 +61,7 @@ static void run_block(Machine& m, u32 block) {
     m.block_index[0] = block % launch.grid[0];
     m.block_index[1] = block / launch.grid[0] % launch.grid[1];
     m.block_index[2] = block / launch.grid[0] / launch.grid[1];
-    m.waiting = m.ended = 0;
+    m.waiting = m.ended = m.steps = 0;
     memset(m.shared, 0xff, m.shared_bytes);
     m.shadow.start_block();
     for (u32 index = 0; index < launch.block; index++) {
@@ -115,6 +115,7 @@ void nibble_block_barrier() {
     using namespace emulator;
     Machine& m = *machine;
     Warp& warp = m.current_warp();
+    count_step();
     if (++m.waiting < m.launch->block) {
         warp.runnable &= ~m.current_bit();
         warp.at_barrier |= m.current_bit();
