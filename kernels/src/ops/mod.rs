@@ -13,6 +13,7 @@ pub mod silu_mul;
 pub mod w4a16_matmul;
 
 use crate::backend::Length;
+use crate::device::cuda::Element;
 use crate::error::KernelError;
 
 /// Checks that a buffer holds at least `needed` elements.
@@ -27,5 +28,30 @@ fn holds(
         Ok(())
     } else {
         Err(KernelError::Size { operation, argument, expected: needed, found: length })
+    }
+}
+
+/// Refuses a row that is not made of whole vectors of 16 bytes, as CUDA kernels move it.
+fn require_vectors(
+    operation: &'static str,
+    argument: &'static str,
+    elements: usize,
+) -> Result<(), KernelError> {
+    let whole = elements > 0 && elements.is_multiple_of(8);
+    KernelError::require(whole, operation, argument, elements, "must be a positive multiple of 8 on CUDA")
+}
+
+/// A count as CUDA kernels take it; they add up to a block's work to it, which must fit too.
+fn word(operation: &'static str, argument: &'static str, count: usize) -> Result<u32, KernelError> {
+    let allowed = count <= i32::MAX as usize;
+    KernelError::require(allowed, operation, argument, count, "must be below 2^31 on CUDA")?;
+    Ok(count as u32)
+}
+
+/// The kernel for an element among those for F16 and BF16.
+fn entry_point(element: Element, kernels: [&'static str; 2]) -> &'static str {
+    match element {
+        Element::F16 => kernels[0],
+        Element::BF16 => kernels[1],
     }
 }

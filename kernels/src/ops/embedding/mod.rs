@@ -9,6 +9,7 @@
 //! [`Device::DenseMatrix`]: crate::backend::Device::DenseMatrix
 
 mod cpu;
+pub mod cuda;
 
 use super::holds;
 use crate::backend::{Device, Length, MatrixShape};

@@ -4,6 +4,7 @@
 //! `output [count, width]`. Refuses buffers that are too short; row numbers are the caller's to check.
 
 mod cpu;
+pub mod cuda;
 
 use super::holds;
 use crate::backend::{Device, Length};

@@ -11,6 +11,7 @@
 //! Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
 
 mod cpu;
+pub mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,7 @@
 //! Source: Su et al., "RoFormer", 2021, section 3.2.
 
 mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;
 

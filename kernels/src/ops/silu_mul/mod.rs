@@ -6,6 +6,7 @@
 //! Source: Shazeer, "GLU Variants Improve Transformer", 2020 (SwiGLU).
 
 mod cpu;
+pub mod cuda;
 
 use super::holds;
 use crate::backend::{Device, Length};
