@@ -21,10 +21,19 @@ pub trait Device {
     type DenseMatrix: MatrixShape;
 
     /// A zeroed buffer of `elements` activations.
-    fn buffer(&self, elements: usize) -> Self::Buffer;
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    fn buffer(&self, elements: usize) -> Result<Self::Buffer, KernelError>;
 
     /// A zeroed buffer of `elements` words.
-    fn indices(&self, elements: usize) -> Self::Indices;
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    fn indices(&self, elements: usize) -> Result<Self::Indices, KernelError>;
+
+    /// Bytes of one activation in a buffer.
+    fn activation_bytes(&self) -> usize;
 
     /// Copies `values` to the start of `to`.
     ///
@@ -56,6 +65,12 @@ pub trait Device {
     /// # Errors
     /// When the device has no kernel for its element type.
     fn pack_dense(&self, name: &str, matrix: &DenseMatrix<'_>) -> Result<Self::DenseMatrix, KernelError>;
+
+    /// A second matrix with the values of `matrix`, copied on the device.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    fn copy_quantized(&self, matrix: &Self::PackedMatrix) -> Result<Self::PackedMatrix, KernelError>;
 
     /// Bits to which a dense output head is rounded when the rest of the model is quantized; none to keep it.
     fn output_head_bits(&self) -> Option<u32>;

@@ -103,7 +103,7 @@ fn streamed_logits_have_the_bits_of_a_step_of_the_loaded_model() {
         let checkpoint = write(tiny, parent.path(), "original");
         let tokens = tokens(37, 8);
         let mut model = Model::load(Cpu::new(2), &checkpoint, 64).expect("a valid model");
-        let mut cache = model.kv_cache(4);
+        let mut cache = model.kv_cache(4).unwrap();
         let batch = Batch::single(&tokens, 0, vec![0, 1, 2, 3]);
         let whole = model.forward(&batch, &mut cache).expect("a valid batch");
         let streamed = streamed_logits(Cpu::new(1), &checkpoint, &tokens).expect("a valid model");

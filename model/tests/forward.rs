@@ -39,7 +39,7 @@ fn logits_have_the_same_bits_whole_in_chunks_and_over_scattered_blocks() {
         let blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
         let in_order: Vec<u32> = (0..blocks).collect();
         let scattered: Vec<u32> = (0..blocks).map(|block| 2 * (blocks - block)).collect();
-        let mut cache = model.kv_cache(2 * blocks as usize + 1);
+        let mut cache = model.kv_cache(2 * blocks as usize + 1).unwrap();
         let whole = in_chunks(&mut model, &mut cache, &tokens, tokens.len(), &in_order);
         assert!(whole.iter().all(|logit| logit.is_finite()));
         for chunk in [1, 7, 64] {
@@ -53,7 +53,7 @@ fn logits_have_the_same_bits_whole_in_chunks_and_over_scattered_blocks() {
 fn logits_have_the_same_bits_alone_and_among_seven_others() {
     for tiny in &TINY_MODELS {
         let mut model = load(tiny);
-        let mut cache = model.kv_cache(8 * 4);
+        let mut cache = model.kv_cache(8 * 4).unwrap();
         let sequences: Vec<Vec<u32>> = (0..8).map(|index| tokens(20 + 5 * index, 50 + index)).collect();
         let table = |index: usize| -> Vec<u32> { (0..4).map(|block| (block * 8 + index) as u32).collect() };
         let mut batch = Batch::default();
@@ -93,7 +93,7 @@ fn a_broken_batch_is_refused_with_the_rule_it_breaks() {
         ("sequences cover", |batch| batch.sequences.clear()),
     ];
     let mut model = load(&TINY_MODELS[0]);
-    let mut cache = model.kv_cache(1);
+    let mut cache = model.kv_cache(1).unwrap();
     for (problem, break_it) in cases {
         let mut batch = Batch::single(&tokens(10, 1), 0, vec![0]);
         break_it(&mut batch);

@@ -24,7 +24,7 @@ fn logits_of_every_architecture_are_those_of_transformers() {
         let mut model = Model::load(Cpu::new(2), &checkpoint, tokens.len()).expect("a valid model");
         let blocks = tokens.len().div_ceil(BLOCK_SIZE);
         let batch = Batch::single(&tokens, 0, (0..blocks as u32).collect());
-        let mut cache = model.kv_cache(blocks);
+        let mut cache = model.kv_cache(blocks).unwrap();
         let logits = model.forward(&batch, &mut cache).expect("a valid batch");
         for row in golden["rows"].as_array().expect("rows") {
             let index = row["row"].as_u64().expect("a row") as usize;

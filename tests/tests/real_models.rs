@@ -94,7 +94,7 @@ fn agrees_with_transformers(directory: &Path, golden: &GoldenModel) {
 
     let tokens = &golden.tokens[..golden.perplexity.window];
     let mut model = Model::load(Cpu::new(2), &checkpoint, tokens.len()).expect("a valid model");
-    let mut cache = model.kv_cache(tokens.len().div_ceil(BLOCK_SIZE));
+    let mut cache = model.kv_cache(tokens.len().div_ceil(BLOCK_SIZE)).unwrap();
     let mut batch = Batch::single(tokens, 0, (0..cache.blocks() as u32).collect());
     batch.logit_rows = golden.rows.iter().map(|row| row.row).collect();
     let logits = model.forward(&batch, &mut cache).expect("a valid batch");
@@ -197,7 +197,7 @@ fn every_format_holds_the_same_weights() {
 
 /// The logits after a prompt, computed in chunks of `chunk` tokens.
 fn in_chunks(model: &mut Model<Cpu>, prompt: &[u32], chunk: usize) -> Vec<f32> {
-    let mut cache = model.kv_cache(prompt.len().div_ceil(BLOCK_SIZE));
+    let mut cache = model.kv_cache(prompt.len().div_ceil(BLOCK_SIZE)).unwrap();
     let block_table: Vec<u32> = (0..cache.blocks() as u32).rev().collect();
     let mut last = Vec::new();
     for (index, tokens) in prompt.chunks(chunk).enumerate() {
@@ -231,7 +231,7 @@ fn the_logits_of_a_prompt_have_the_same_bits_alone_in_a_batch_of_eight_and_in_an
         let block_table = (0..blocks_each).map(|block| (block * 8 + index) as u32).collect();
         batch.sequences.push(SequenceRows { first_row, rows, first_position: 0, block_table });
     }
-    let mut cache = model.kv_cache(8 * blocks_each);
+    let mut cache = model.kv_cache(8 * blocks_each).unwrap();
     let together = model.forward(&batch, &mut cache).expect("a valid batch");
     for (index, prompt) in prompts.iter().enumerate() {
         assert_eq!(together.row(index), in_chunks(&mut model, prompt, 600), "prompt {index} of 8");

@@ -11,7 +11,8 @@ use nibble_tests::real_model::workspace;
 /// The most lines of a file one sitting can read.
 const MOST_LINES: usize = 500;
 
-/// The only files that may contain `unsafe`: SIMD, the thread pool, disjoint output slices, mapped files.
+/// The only files that may contain `unsafe`: SIMD, the thread pool, disjoint output slices, calls of NVIDIA's libraries,
+/// mapped files.
 const UNSAFE_FILES: &[&str] = &[
     "kernels/src/device/cpu/integer_product.rs",
     "kernels/src/device/cpu/integer_rows.rs",
@@ -24,6 +25,8 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/device/cpu/simd/portable.rs",
     "kernels/src/device/cpu/thread_pool.rs",
     "kernels/src/device/cpu/tile.rs",
+    "kernels/src/device/cuda/card.rs",
+    "kernels/src/device/cuda/compiler.rs",
     "kernels/src/ops/paged_attention/cpu.rs",
     "kernels/src/ops/rms_norm/cpu.rs",
     "kernels/src/ops/silu_mul/cpu.rs",

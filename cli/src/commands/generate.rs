@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let max_tokens = arguments.max_tokens.min(longest - prompt_tokens);
     let tokens = prompt_tokens + max_tokens;
     let model = load(&checkpoint, arguments.run.cpu(), tokens)?;
-    let runner = ModelRunner::new(model, tokens.div_ceil(BLOCK_SIZE));
+    let runner = ModelRunner::new(model, tokens.div_ceil(BLOCK_SIZE))?;
     let engine = Engine::start(Box::new(runner), EngineConfig::default())?;
     let sampling = SamplingParameters {
         max_tokens,

@@ -28,7 +28,7 @@ typedef float Floats __attribute__((vector_size(16)));
 constexpr u32 WARP = 32;
 constexpr u32 MAX_THREADS = 1024;
 // Accesses, collectives and barriers after which a block is taken for one that never ends: seconds of emulation.
-constexpr u32 MAX_STEPS = 1u << 29;
+constexpr u32 MAX_STEPS = 1u << 27;
 
 // A copy from global to shared memory that was started and not yet waited for.
 struct AsyncCopy {

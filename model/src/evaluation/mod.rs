@@ -121,8 +121,8 @@ pub fn evaluate<B: Backend>(
         check_vocabularies(model.config(), reference.config())?;
     }
     let blocks = options.window.div_ceil(BLOCK_SIZE);
-    let mut cache = model.kv_cache(blocks);
-    let mut reference_cache = reference.as_ref().map(|reference| reference.kv_cache(blocks));
+    let mut cache = model.kv_cache(blocks)?;
+    let mut reference_cache = reference.as_ref().map(|reference| reference.kv_cache(blocks)).transpose()?;
     let mut sums = Sums::default();
     for (index, window) in windows.iter().enumerate() {
         for first in (0..window.len() - 1).step_by(CHUNK_ROWS) {

@@ -122,9 +122,12 @@ pub(crate) struct LayerCache<B: Backend> {
 
 impl<B: Backend> LayerCache<B> {
     /// A zeroed cache of `blocks` blocks.
-    pub(crate) fn new(backend: &B, config: &ModelConfig, blocks: usize) -> Self {
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub(crate) fn new(backend: &B, config: &ModelConfig, blocks: usize) -> Result<Self, KernelError> {
         let elements = paged_attention::cache_elements(blocks, config.kv_heads, config.head_dim);
-        Self { keys: backend.buffer(elements), values: backend.buffer(elements) }
+        Ok(Self { keys: backend.buffer(elements)?, values: backend.buffer(elements)? })
     }
 }
 
@@ -148,24 +151,27 @@ pub(crate) struct Activations<B: Backend> {
 
 impl<B: Backend> Activations<B> {
     /// Buffers for steps of up to `rows` rows.
-    pub(crate) fn new(backend: &B, config: &ModelConfig, rows: usize) -> Self {
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub(crate) fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self, KernelError> {
         let query = rows * config.heads * config.head_dim;
         let key = rows * config.kv_heads * config.head_dim;
         let normed_heads = |elements| backend.buffer(if config.query_key_norm { elements } else { 0 });
-        Self {
-            residual: backend.buffer(rows * config.hidden_size),
-            addend: backend.buffer(rows * config.hidden_size),
-            normed: backend.buffer(rows * config.hidden_size),
-            query: backend.buffer(query),
-            normed_query: normed_heads(query),
-            key: backend.buffer(key),
-            normed_key: normed_heads(key),
-            value: backend.buffer(key),
-            attention: backend.buffer(query),
-            gate: backend.buffer(rows * config.intermediate_size),
-            up: backend.buffer(rows * config.intermediate_size),
-            gated: backend.buffer(rows * config.intermediate_size),
-        }
+        Ok(Self {
+            residual: backend.buffer(rows * config.hidden_size)?,
+            addend: backend.buffer(rows * config.hidden_size)?,
+            normed: backend.buffer(rows * config.hidden_size)?,
+            query: backend.buffer(query)?,
+            normed_query: normed_heads(query)?,
+            key: backend.buffer(key)?,
+            normed_key: normed_heads(key)?,
+            value: backend.buffer(key)?,
+            attention: backend.buffer(query)?,
+            gate: backend.buffer(rows * config.intermediate_size)?,
+            up: backend.buffer(rows * config.intermediate_size)?,
+            gated: backend.buffer(rows * config.intermediate_size)?,
+        })
     }
 }
 

@@ -44,9 +44,9 @@ impl<B: Backend> LayerRunner<B> {
         let blocks = max_tokens.div_ceil(BLOCK_SIZE);
         Ok(Self {
             rotary: RotaryTables::new(&backend, config, max_tokens)?,
-            step: Step::new(&backend),
-            activations: Activations::new(&backend, config, max_tokens),
-            cache: LayerCache::new(&backend, config, blocks),
+            step: Step::new(&backend)?,
+            activations: Activations::new(&backend, config, max_tokens)?,
+            cache: LayerCache::new(&backend, config, blocks)?,
             config: config.clone(),
             backend,
             blocks,

@@ -133,7 +133,7 @@ impl<B: Backend> Linear<B> {
 
 /// A device buffer with `values`.
 pub(crate) fn upload<B: Backend>(backend: &B, values: &[f32]) -> Result<B::Buffer, KernelError> {
-    let mut buffer = backend.buffer(values.len());
+    let mut buffer = backend.buffer(values.len())?;
     backend.write(values, &mut buffer)?;
     Ok(buffer)
 }

@@ -76,8 +76,8 @@ impl<B: Backend> Model<B> {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             rotary: RotaryTables::new(&backend, &config, max_positions)?,
-            step: Step::new(&backend),
-            activations: Activations::new(&backend, &config, 0),
+            step: Step::new(&backend)?,
+            activations: Activations::new(&backend, &config, 0)?,
             activation_rows: 0,
             output: OutputStage::new(&backend, checkpoint)?,
             backend,
@@ -99,9 +99,12 @@ impl<B: Backend> Model<B> {
     }
 
     /// A zeroed cache of `blocks` blocks for every layer.
-    pub fn kv_cache(&self, blocks: usize) -> KvCache<B> {
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub fn kv_cache(&self, blocks: usize) -> Result<KvCache<B>, ModelError> {
         let layer = |_| LayerCache::new(&self.backend, &self.config, blocks);
-        KvCache { layers: (0..self.config.layers).map(layer).collect(), blocks }
+        Ok(KvCache { layers: (0..self.config.layers).map(layer).collect::<Result<_, _>>()?, blocks })
     }
 
     /// Runs one step and returns the logits of the rows that want them.
@@ -118,7 +121,7 @@ impl<B: Backend> Model<B> {
         let rows = self.step.rows;
         if rows > self.activation_rows {
             self.activation_rows = rows.next_power_of_two();
-            self.activations = Activations::new(&self.backend, &self.config, self.activation_rows);
+            self.activations = Activations::new(&self.backend, &self.config, self.activation_rows)?;
         }
         self.embed(rows)?;
         let context = LayerContext {

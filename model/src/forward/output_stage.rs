@@ -126,11 +126,11 @@ impl<B: Backend> OutputStage<B> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocabulary_size);
         Ok(Self {
             final_norm: FinalNorm::load(backend, checkpoint)?,
-            residual: backend.buffer(LOGIT_ROWS * hidden),
-            addend: backend.buffer(LOGIT_ROWS * hidden),
-            normed: backend.buffer(LOGIT_ROWS * hidden),
-            logits: backend.buffer(LOGIT_ROWS * vocabulary),
-            rows: backend.indices(LOGIT_ROWS),
+            residual: backend.buffer(LOGIT_ROWS * hidden)?,
+            addend: backend.buffer(LOGIT_ROWS * hidden)?,
+            normed: backend.buffer(LOGIT_ROWS * hidden)?,
+            logits: backend.buffer(LOGIT_ROWS * vocabulary)?,
+            rows: backend.indices(LOGIT_ROWS)?,
             hidden,
             vocabulary,
             epsilon: config.rms_norm_epsilon,

@@ -27,17 +27,17 @@ pub(crate) struct Step<B: Backend> {
 }
 
 impl<B: Backend> Step<B> {
-    pub(crate) fn new(backend: &B) -> Self {
+    pub(crate) fn new(backend: &B) -> Result<Self, KernelError> {
         let empty = || backend.indices(0);
-        Self {
-            token_ids: empty(),
-            positions: empty(),
-            slots: empty(),
-            sequences: empty(),
-            block_tables: empty(),
+        Ok(Self {
+            token_ids: empty()?,
+            positions: empty()?,
+            slots: empty()?,
+            sequences: empty()?,
+            block_tables: empty()?,
             rows: 0,
             sequence_count: 0,
-        }
+        })
     }
 
     /// Checks `batch` and copies it to the device.
@@ -70,7 +70,7 @@ impl<B: Backend> Step<B> {
 
 fn put<B: Backend>(backend: &B, to: &mut B::Indices, values: &[u32]) -> Result<(), KernelError> {
     if to.length() < values.len() {
-        *to = backend.indices(values.len().next_power_of_two());
+        *to = backend.indices(values.len().next_power_of_two())?;
     }
     backend.write_indices(values, to)
 }

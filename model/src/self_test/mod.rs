@@ -158,7 +158,7 @@ impl SelfTest {
     /// When a logit is further off than the tolerance, or the model refuses the prompt.
     pub fn check_model<B: Backend>(&self, model: &mut Model<B>, directory: &Path) -> Result<f32, ModelError> {
         let blocks = self.tokens.len().div_ceil(BLOCK_SIZE);
-        let mut cache = model.kv_cache(blocks);
+        let mut cache = model.kv_cache(blocks)?;
         let mut batch = Batch::single(&self.tokens, 0, (0..blocks as u32).collect());
         batch.logit_rows = vec![self.tokens.len() - 1];
         let logits = model.forward(&batch, &mut cache)?;

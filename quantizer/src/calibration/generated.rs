@@ -42,7 +42,7 @@ impl Calibration {
             sequences.push([&prefix[..], &[first]].concat());
         }
         let blocks_each = sequence_length.div_ceil(BLOCK_SIZE);
-        let mut cache = model.kv_cache(CONCURRENT.min(samples) * blocks_each);
+        let mut cache = model.kv_cache(CONCURRENT.min(samples) * blocks_each)?;
         let wanted = samples * sequence_length;
         for (group, sequences) in sequences.chunks_mut(CONCURRENT).enumerate() {
             let mut computed = 0;

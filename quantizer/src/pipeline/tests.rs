@@ -166,7 +166,7 @@ fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
 fn logits(directory: &Path, tokens: &[u32]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(directory).unwrap();
     let mut model = Model::load(Cpu::new(2), &checkpoint, 64).unwrap();
-    let mut cache = model.kv_cache(8);
+    let mut cache = model.kv_cache(8).unwrap();
     model.forward(&Batch::single(tokens, 0, (0..8).collect()), &mut cache).unwrap().values
 }
 

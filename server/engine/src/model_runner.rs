@@ -13,9 +13,12 @@ pub struct ModelRunner<B: Backend> {
 
 impl<B: Backend> ModelRunner<B> {
     /// Allocates a cache of `blocks` blocks, of [`BLOCK_SIZE`] tokens each, for `model`.
-    pub fn new(model: Model<B>, blocks: usize) -> Self {
-        let cache = model.kv_cache(blocks);
-        Self { model, cache }
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub fn new(model: Model<B>, blocks: usize) -> Result<Self, ModelError> {
+        let cache = model.kv_cache(blocks)?;
+        Ok(Self { model, cache })
     }
 }
 

@@ -28,7 +28,8 @@ fn embeddings_of_every_architecture_are_those_of_transformers_in_any_chunks() {
         let run = |max_prefill_chunk_tokens| {
             let model = Model::load(Cpu::new(2), &checkpoint, 128).expect("a valid model");
             let config = EngineConfig { max_prefill_chunk_tokens, ..EngineConfig::default() };
-            let engine = Engine::start(Box::new(ModelRunner::new(model, 16)), config).expect("an engine");
+            let engine =
+                Engine::start(Box::new(ModelRunner::new(model, 16).unwrap()), config).expect("an engine");
             [Pooling::Last, Pooling::Mean].map(|pooling| {
                 let request = Request::embedding(tokens.clone(), pooling);
                 let stream = Stream::submit(&engine.handle(), request).expect("accepted");

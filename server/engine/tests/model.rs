@@ -45,7 +45,7 @@ fn run(
 ) -> (Vec<Completion>, EngineStats) {
     let checkpoint = Checkpoint::open(directory).expect("a valid checkpoint");
     let model = Model::load(Cpu::new(2), &checkpoint, MAX_POSITIONS).expect("a valid model");
-    let (runner, gate) = gated(ModelRunner::new(model, blocks));
+    let (runner, gate) = gated(ModelRunner::new(model, blocks).unwrap());
     let engine = Engine::start(Box::new(runner), config).expect("a valid engine");
     let handle = engine.handle();
     let limits = handle.limits();

@@ -37,7 +37,7 @@ pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&arguments.model)?;
     let tokens = arguments.prompt_tokens + arguments.output_tokens;
     let mut model = load(&checkpoint, arguments.run.cpu(), tokens)?;
-    let mut cache = model.kv_cache(tokens.div_ceil(BLOCK_SIZE));
+    let mut cache = model.kv_cache(tokens.div_ceil(BLOCK_SIZE))?;
     let (mut prompt, mut output) = (Vec::new(), Vec::new());
     for repeat in 0..=arguments.repeats {
         let (prompt_seconds, output_seconds) = measure(&mut model, &mut cache, arguments)?;

@@ -138,7 +138,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
     }
     let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(&arguments.model));
-    let engine = Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)), arguments.engine.config())?;
+    let engine =
+        Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)?), arguments.engine.config())?;
     let served = ServedModel {
         name: name.clone(),
         tokenizer: Arc::new(tokenizer),

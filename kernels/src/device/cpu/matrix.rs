@@ -176,6 +176,7 @@ impl CpuDenseMatrix {
 }
 
 /// Scales and zero points of a quantized matrix: `[panel, group, 32]`.
+#[derive(Clone)]
 pub(crate) struct Groups {
     out_features: usize,
     in_features: usize,
@@ -193,18 +194,21 @@ impl Groups {
 }
 
 /// Codes of up to four bits, eight to a word.
+#[derive(Clone)]
 pub(crate) struct NibblePanels {
     groups: Groups,
     words: AlignedVec<u32>,
 }
 
 /// Codes of up to eight bits, one a byte: for groups that no step of eight inputs fits.
+#[derive(Clone)]
 pub(crate) struct BytePanels {
     groups: Groups,
     codes: AlignedVec<u8>,
 }
 
 /// Codes of up to eight bits, four to a word: of each eight inputs 0, 2, 4 and 6, then 1, 3, 5 and 7.
+#[derive(Clone)]
 pub(crate) struct WordPanels {
     groups: Groups,
     words: AlignedVec<u32>,
@@ -319,11 +323,13 @@ quantized_panels!(WordPanels, WordColumns, words, |inputs, start| inputs.div_cei
 quantized_panels!(BytePanels, ByteColumns, codes, |inputs, start| inputs, start);
 
 /// A quantized weight matrix of the CPU device.
+#[derive(Clone)]
 pub struct CpuPackedMatrix {
     pub(crate) panels: QuantizedPanels,
 }
 
 /// How the codes of a [`CpuPackedMatrix`] are held.
+#[derive(Clone)]
 pub(crate) enum QuantizedPanels {
     Nibbles(NibblePanels),
     Words(WordPanels),

@@ -162,12 +162,16 @@ impl Device for Cpu {
     type PackedMatrix = CpuPackedMatrix;
     type DenseMatrix = CpuDenseMatrix;
 
-    fn buffer(&self, elements: usize) -> CpuBuffer {
-        CpuBuffer(AlignedVec::zeroed(elements))
+    fn buffer(&self, elements: usize) -> Result<CpuBuffer, KernelError> {
+        Ok(CpuBuffer(AlignedVec::zeroed(elements)))
     }
 
-    fn indices(&self, elements: usize) -> CpuIndices {
-        CpuIndices(AlignedVec::zeroed(elements))
+    fn indices(&self, elements: usize) -> Result<CpuIndices, KernelError> {
+        Ok(CpuIndices(AlignedVec::zeroed(elements)))
+    }
+
+    fn activation_bytes(&self) -> usize {
+        size_of::<f32>()
     }
 
     fn write(&self, values: &[f32], to: &mut CpuBuffer) -> Result<(), KernelError> {
@@ -191,6 +195,10 @@ impl Device for Cpu {
 
     fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CpuPackedMatrix, KernelError> {
         Ok(CpuPackedMatrix::new(matrix))
+    }
+
+    fn copy_quantized(&self, matrix: &CpuPackedMatrix) -> Result<CpuPackedMatrix, KernelError> {
+        Ok(matrix.clone())
     }
 
     fn output_head_bits(&self) -> Option<u32> {

@@ -10,7 +10,7 @@ use crate::testing::{random, upload};
 
 fn multiply(cpu: &Cpu, input: &[f32], matrix: &DenseMatrix<'_>, bias: &[f32], rows: usize) -> Vec<f32> {
     let weight = cpu.pack_dense("w", matrix).unwrap();
-    let mut output = cpu.buffer(rows * matrix.out_features());
+    let mut output = cpu.buffer(rows * matrix.out_features()).unwrap();
     cpu.dense_matmul(Args {
         input: &upload(cpu, input),
         weight: &weight,

@@ -66,9 +66,9 @@ mod tests {
         let matrix = DenseMatrix::new(vocabulary, hidden, DenseValues::F32(Cow::from(&values))).unwrap();
         let table = cpu.pack_dense("embed", &matrix).unwrap();
         let tokens = [69u32, 0, 33, 33];
-        let mut token_ids = cpu.indices(4);
+        let mut token_ids = cpu.indices(4).unwrap();
         cpu.write_indices(&tokens, &mut token_ids).unwrap();
-        let mut output = cpu.buffer(4 * hidden);
+        let mut output = cpu.buffer(4 * hidden).unwrap();
         cpu.embedding(Args { token_ids: &token_ids, table: &table, output: &mut output, rows: 4 }).unwrap();
         for (row, token) in output.chunks_exact(hidden).zip(tokens) {
             let first = token as usize * hidden;

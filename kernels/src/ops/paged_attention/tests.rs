@@ -51,11 +51,11 @@ impl World {
         let queries = self.query[first * width..(first + rows) * width].repeat(copies);
         let words: Vec<u32> =
             (0..copies).flat_map(|copy| [(copy * rows) as u32, rows as u32, first as u32, 0]).collect();
-        let mut sequences = cpu.indices(words.len());
+        let mut sequences = cpu.indices(words.len()).unwrap();
         cpu.write_indices(&words, &mut sequences).unwrap();
-        let mut block_tables = cpu.indices(self.block_table.len());
+        let mut block_tables = cpu.indices(self.block_table.len()).unwrap();
         cpu.write_indices(&self.block_table, &mut block_tables).unwrap();
-        let mut output = cpu.buffer(copies * rows * width);
+        let mut output = cpu.buffer(copies * rows * width).unwrap();
         cpu.paged_attention(Args {
             query: &upload(cpu, &queries),
             key_cache: &self.key_cache,

@@ -54,7 +54,13 @@ impl Form {
 fn launch(element: Element, args: &Args<'_, CudaBuffer>) -> Result<Launch, KernelError> {
     const NAME: &str = "rms_norm";
     require_vectors(NAME, "width", args.width)?;
-    KernelError::require(args.width <= MAX_WIDTH, NAME, "width", args.width, "must be at most 16384 on CUDA")?;
+    KernelError::require(
+        args.width <= MAX_WIDTH,
+        NAME,
+        "width",
+        args.width,
+        "must be at most 16384 on CUDA",
+    )?;
     let rows = word(NAME, "rows", args.rows)?;
     let form = Form::of_width(args.width);
     let in_warps = form.rows > 1;

@@ -13,7 +13,7 @@ fn every_instruction_set_agrees_with_the_reference() {
             let addend = random(rows * width, 2);
             let weight = random(width, 3);
             let mut residual = upload(&cpu, &input);
-            let mut output = cpu.buffer(rows * width);
+            let mut output = cpu.buffer(rows * width).unwrap();
             cpu.rms_norm(Args {
                 residual: &mut residual,
                 addend: Some(&upload(&cpu, &addend)),

@@ -18,9 +18,9 @@ fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
     let (positions, slots) = ([0u32, 5, 63], [17u32, 2, 47]);
     let mut rotated_query = upload(&cpu, &query);
     let mut rotated_key = upload(&cpu, &key);
-    let mut key_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE);
-    let mut value_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE);
-    let (mut position_indices, mut slot_indices) = (cpu.indices(rows), cpu.indices(rows));
+    let mut key_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
+    let mut value_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
+    let (mut position_indices, mut slot_indices) = (cpu.indices(rows).unwrap(), cpu.indices(rows).unwrap());
     cpu.write_indices(&positions, &mut position_indices).unwrap();
     cpu.write_indices(&slots, &mut slot_indices).unwrap();
     cpu.rotary_embedding(Args {

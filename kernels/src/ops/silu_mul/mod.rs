@@ -58,7 +58,7 @@ mod tests {
             let elements = 40_003;
             let gate: Vec<f32> = random(elements, 1).iter().map(|value| value * 40.0).collect();
             let up = random(elements, 2);
-            let mut output = cpu.buffer(elements);
+            let mut output = cpu.buffer(elements).unwrap();
             let args =
                 Args { gate: &upload(&cpu, &gate), up: &upload(&cpu, &up), output: &mut output, elements };
             cpu.silu_mul(args).unwrap();

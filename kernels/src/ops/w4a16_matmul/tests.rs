@@ -38,7 +38,7 @@ fn every_cpu() -> impl Iterator<Item = (InstructionSet, Activations)> {
 
 fn multiply(cpu: &Cpu, input: &[f32], matrix: &QuantizedMatrix, rows: usize) -> Vec<f32> {
     let weight = cpu.pack_quantized("w", matrix).unwrap();
-    let mut output = cpu.buffer(rows * matrix.out_features());
+    let mut output = cpu.buffer(rows * matrix.out_features()).unwrap();
     let args = Args { input: &upload(cpu, input), weight: &weight, bias: None, output: &mut output, rows };
     cpu.w4a16_matmul(args).unwrap();
     output.to_vec()
