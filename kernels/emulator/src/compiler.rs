@@ -75,9 +75,8 @@ fn compile_runtime(cache: &Path) -> Result<PathBuf, String> {
     Ok(object)
 }
 
-/// `$CXX`, or `c++`.
 fn compiler() -> Command {
-    Command::new(env::var_os("CXX").unwrap_or_else(|| "c++".into()))
+    Command::new("c++")
 }
 
 fn cache_folder() -> Result<PathBuf, String> {
@@ -140,7 +139,7 @@ impl Drop for Scratch {
 
 fn missing(program: &OsStr, error: &io::Error) -> String {
     format!(
-        "{}: {error}; the emulator needs g++ 12 or later, as c++ in PATH or named by CXX (Debian: apt-get install g++)",
+        "{}: {error}; the emulator needs g++ 12 or later, as c++ in PATH (Debian: apt-get install g++)",
         program.display()
     )
 }

@@ -1,3 +1,5 @@
+//! The lookup.
+
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::ops::embedding::{self, Args, Embedding};
 

@@ -1,3 +1,5 @@
+//! The selection.
+
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::ops::gather_rows::{self, Args, GatherRows};
 

@@ -15,12 +15,15 @@ use nibble_kernels::tensor::{DenseMatrix, DenseValues};
 /// `Ok`, or what was wrong.
 pub(crate) type Outcome = Result<(), String>;
 
+/// A test that can be run with a fault in the kernel.
+pub(crate) type Case = fn(&Lab) -> Outcome;
+
 /// One kernel's tests.
 pub(crate) struct Suite {
     /// Its source.
     pub(crate) source: Source,
     /// Name and test.
-    pub(crate) cases: &'static [(&'static str, fn(&Lab) -> Outcome)],
+    pub(crate) cases: &'static [(&'static str, Case)],
     /// Faults that the cases must find.
     pub(crate) faults: &'static [Mutation],
 }
@@ -145,8 +148,7 @@ pub(crate) fn check_rounded(
     for (index, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(found) - expected).abs();
         let limit = half_step(element, expected) * 1.001 + allowed(index);
-        // A NaN is not below the limit either.
-        if !(error <= limit) {
+        if error > limit || error.is_nan() {
             return Err(format!(
                 "{what}, {element}: [{index}] is {found}, expected {expected} within {limit:e}"
             ));

@@ -160,7 +160,7 @@ fn pairs_are_added_and_multiplied_with_one_rounding() {
     for element in ELEMENTS {
         let words: Vec<u32> = random_words(3 * count * 2, 9, 0x7000)
             .chunks_exact(2)
-            .map(|pair| pair[0] * 2 % 0x7000 | (pair[1] * 2 % 0x7000 | 0x8000) << 16)
+            .map(|pair| (pair[0] * 2 % 0x7000) | ((pair[1] * 2 % 0x7000) | 0x8000) << 16)
             .collect();
         let (input, output) = (Bytes::words(&emulator, &words), Bytes::words(&emulator, &vec![0; 3 * count]));
         let kernel = kernel_of(element, ["arithmetic_f16", "arithmetic_bf16"]);
@@ -255,7 +255,7 @@ fn every_fault_is_named_whatever_the_order() {
             match run(&emulator, "faulty", (1, 64), 256, &arguments) {
                 Ok(_) => assert_eq!(message, "", "fault {fault} was not found"),
                 Err(error) => {
-                    assert!(!message.is_empty() && error.contains(message), "fault {fault}: {error}")
+                    assert!(!message.is_empty() && error.contains(message), "fault {fault}: {error}");
                 }
             }
         }

@@ -1,3 +1,5 @@
+//! The norm: a warp or a block for each row.
+
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::device::cuda::Element;
 use nibble_kernels::ops::rms_norm::{self, Args, RmsNorm, reference};

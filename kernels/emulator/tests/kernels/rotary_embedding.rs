@@ -1,3 +1,5 @@
+//! The rotation, and keys and values in CUDA's cache.
+
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::device::cuda::Element;
 use nibble_kernels::ops::paged_attention::{BLOCK_SIZE, cache_elements};

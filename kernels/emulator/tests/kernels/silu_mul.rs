@@ -1,3 +1,5 @@
+//! The gated activation.
+
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::device::cuda::Element;
 use nibble_kernels::ops::silu_mul::{self, Args, SiluMul};
