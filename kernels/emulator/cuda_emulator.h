@@ -134,6 +134,9 @@ NIBBLE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 NIBBLE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 NIBBLE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 
+NIBBLE_DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+NIBBLE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 struct alignas(16) Words4 {
     u32 x, y, z, w;
 };

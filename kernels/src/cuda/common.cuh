@@ -121,10 +121,10 @@ NIBBLE_DEVICE u32 logic(u32 a, u32 b, u32 c) {
 // byte i of the result.
 NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
 
-// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits.
+// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
 NIBBLE_DEVICE float exp2_fast(float x) {
     float result;
-    asm("ex2.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
 NIBBLE_DEVICE float rsqrt_fast(float x) {
@@ -137,6 +137,12 @@ NIBBLE_DEVICE float reciprocal_fast(float x) {
     asm("rcp.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
+
+// The larger of two numbers.
+NIBBLE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+
+// a * b + c with one rounding: where two kernels must give the same bits, the compiler must not choose.
+NIBBLE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Sixteen bytes at once. `load_16_read_only` is for memory that no thread of the launch writes.
 struct alignas(16) Words4 {
