@@ -388,6 +388,8 @@ impl<B: Backend> DecoderLayer<B> {
             output: &mut activations.attention,
             sequence_count: step.sequence_count,
             rows,
+            longest: step.longest,
+            longest_rows: step.longest_rows,
             heads,
             kv_heads,
             head_dim,
