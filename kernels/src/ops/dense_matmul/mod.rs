@@ -9,6 +9,7 @@
 //! alone, never on `rows`: a row has the same bits alone and in a batch. Refuses buffers that are too short.
 
 mod cpu;
+pub mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
