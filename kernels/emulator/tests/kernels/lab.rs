@@ -47,10 +47,16 @@ impl Lab {
 
     /// A device of its own; `seed` decides the order of blocks, warps and lanes.
     pub(crate) fn device(&self, element: Element, seed: u64) -> TestDevice {
-        let emulator = Arc::new(match self.fault {
+        self.device_of_size(element, seed, Emulator::new(0).properties().multiprocessors)
+    }
+
+    /// One with another number of multiprocessors, for launches that choose their grid by it.
+    pub(crate) fn device_of_size(&self, element: Element, seed: u64, multiprocessors: u32) -> TestDevice {
+        let emulator = match self.fault {
             Some(fault) => Emulator::with_mutation(seed, fault),
             None => Emulator::new(seed),
-        });
+        };
+        let emulator = Arc::new(emulator.multiprocessors(multiprocessors));
         let driver: Arc<dyn Driver> = emulator.clone();
         let cuda = Cuda::new(driver, element).expect("there is memory for a test");
         TestDevice { emulator, cuda }
