@@ -13,6 +13,7 @@
 
 #include "conflicts.h"
 #include "fiber.h"
+#include "global_shadow.h"
 #include "interface.h"
 #include "shadow.h"
 
@@ -92,7 +93,12 @@ struct Machine {
     u8* shared = nullptr;
     u32 shared_bytes = 0;
     Shadow shadow;
+    // The allocation that was accessed last, and its writes.
     NibbleRange last_range = {};
+    GlobalWrite* last_writes = nullptr;
+    GlobalShadow global_shadow;
+    u32 block_number = 0;
+    u32 fence_stamp = 0;
 
     Stacks stacks;
     std::vector<u8> shared_storage;

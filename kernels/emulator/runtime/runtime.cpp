@@ -61,6 +61,8 @@ static void run_block(Machine& m, u32 block) {
     m.block_index[0] = block % launch.grid[0];
     m.block_index[1] = block / launch.grid[0] % launch.grid[1];
     m.block_index[2] = block / launch.grid[0] / launch.grid[1];
+    m.block_number = block;
+    m.fence_stamp = 0;
     m.waiting = m.ended = m.steps = 0;
     memset(m.shared, 0xff, m.shared_bytes);
     m.shadow.start_block();
@@ -145,6 +147,7 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     m.failed = false;
     m.random_state = launch->seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u;
     m.last_range = {};
+    m.last_writes = nullptr;
     m.shared_bytes = launch->shared_bytes;
     m.shared_storage.resize(launch->shared_bytes + 2 * SHARED_MARGIN + SHARED_ALIGNMENT);
     u64 first = number(m.shared_storage.data()) + SHARED_MARGIN;
@@ -154,10 +157,12 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     std::vector<u32> order(static_cast<size_t>(launch->grid[0]) * launch->grid[1] * launch->grid[2]);
     std::iota(order.begin(), order.end(), 0);
     for (u32 i = static_cast<u32>(order.size()); i > 1; i--) std::swap(order[i - 1], order[m.random(i)]);
+    m.global_shadow.start(static_cast<u32>(order.size()));
     for (u32 block : order) {
         run_block(m, block);
         if (m.failed) break;
     }
+    m.global_shadow.clear();
     machine = nullptr;
     return m.failed;
 }

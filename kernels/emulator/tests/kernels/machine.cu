@@ -88,6 +88,15 @@ NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
     }
 }
 
+// The same with one thing forgotten.
+NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, u32 fence) {
+    if (thread_index() == 0) {
+        partial[block_index_x()] = block_index_x();
+        if (fence) device_fence();
+        if (fence || atomic_add(counter, 1) == grid_size_x() - 1) *total = partial[0] + partial[1];
+    }
+}
+
 // All kinds of arguments, more than registers hold.
 NIBBLE_KERNEL(32, 1)
 many_arguments(float* output, u32 a, float b, u32 c, u32 d, u32 e, u32 f, u32 g, float h, float i, float j, float k, float l,
@@ -129,6 +138,10 @@ NIBBLE_KERNEL(64, 1) faulty(u32* memory, u32 fault) {
         case 10: memory[index] = memory[index - 64]; break;                            // before the start
         case 11: while (memory[0] != 1) block_barrier(); break;                        // never ends
         case 12: if (index < 32) { block_barrier(); memory[index] = shared[index ^ 1]; shared[index] = 1; } else block_barrier(); break;
+        case 13: memory[index] = 1; shared[0] = memory[index ^ 1]; break;              // another thread's word
+        case 14: memory[index % 32] = 1; break;                                        // two threads write one word
+        case 15: load_16_read_only(memory); memory[index] = 1; break;                  // not only read
+        case 16: memory[index] = 1; block_barrier(); memory[index ^ 1] = 2; break;     // two blocks write one word
         default: warp_barrier(); memory[index] = shared[index ^ 1];
     }
 }
