@@ -37,7 +37,7 @@ static u32 shared_offset(const void* pointer, u32 size, const char* what) {
     return static_cast<u32>(offset);
 }
 
-enum class Global { LOAD, LOAD_READ_ONLY, STORE, ATOMIC };
+enum class Global { LOAD, LOAD_READ_ONLY, LOAD_OF_OTHER_BLOCK, STORE, ATOMIC };
 
 static bool is_store(Global kind) { return kind == Global::STORE || kind == Global::ATOMIC; }
 
@@ -80,8 +80,12 @@ static const char* global_race(const GlobalWrite& write, Global kind) {
                        (write.thread / WARP == who.thread / WARP && write.stamp < who.warp_barrier);
         return ordered ? nullptr : "with no barrier in between";
     }
-    bool released = write.stamp < m.global_shadow.released(write.block - 1);
-    return released ? nullptr : "with no device_fence and atomic in between";
+    if (write.stamp >= m.global_shadow.released(write.block - 1)) return "with no device_fence and atomic since";
+    if (m.acquire_stamp == 0) return "and this block has not waited for it";
+    if (kind == Global::LOAD && m.fence_stamp < m.acquire_stamp) {
+        return "in a way that the first-level cache may serve: it needs a device_fence after the wait, or load_16_of_other_block";
+    }
+    return nullptr;
 }
 
 static void check_global(const void* pointer, u32 size, Global kind, const char* what) {
@@ -142,6 +146,13 @@ __attribute__((always_inline)) inline void access(const void* pointer, u32 size,
     if (size <= 16) (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
 }
 
+static Words load_words(const void* from, const void* instruction, Global kind) {
+    access<false>(from, 16, true, instruction, kind);
+    Words words;
+    memcpy(&words, from, 16);
+    return words;
+}
+
 }  // namespace emulator
 
 extern "C" {
@@ -177,18 +188,15 @@ void __tsan_write_range(void* at, unsigned long size) {
 void __tsan_init() {}
 
 emulator::Words nibble_load_16(const void* from) {
-    emulator::access<false>(from, 16, true, __builtin_return_address(0));
-    emulator::Words words;
-    memcpy(&words, from, 16);
-    return words;
+    return emulator::load_words(from, __builtin_return_address(0), emulator::Global::LOAD);
 }
-
 emulator::Words nibble_load_16_read_only(const void* from) {
     if (emulator::in_shared(from)) emulator::fail("loads from shared memory as if it were global");
-    emulator::access<false>(from, 16, true, __builtin_return_address(0), emulator::Global::LOAD_READ_ONLY);
-    emulator::Words words;
-    memcpy(&words, from, 16);
-    return words;
+    return emulator::load_words(from, __builtin_return_address(0), emulator::Global::LOAD_READ_ONLY);
+}
+emulator::Words nibble_load_16_of_other_block(const void* from) {
+    if (emulator::in_shared(from)) emulator::fail("loads from shared memory as if it were global");
+    return emulator::load_words(from, __builtin_return_address(0), emulator::Global::LOAD_OF_OTHER_BLOCK);
 }
 
 void nibble_store_16(void* to, emulator::Words words) {
@@ -219,8 +227,19 @@ uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
     if (emulator::number(word) % 4 != 0) emulator::fail("adds to a word at a misaligned address");
     emulator::check_global(word, 4, emulator::Global::ATOMIC, "adds to");
     m.global_shadow.released(m.block_number) = m.fence_stamp;
+    m.acquire_stamp = ++m.shadow.stamp;
     uint32_t before = *word;
     *word = before + value;
     return before;
+}
+
+void nibble_wait_for_lower_blocks(const uint32_t* word, uint32_t value) {
+    emulator::Machine& m = *emulator::machine;
+    emulator::count_step();
+    if (emulator::number(word) % 4 != 0) emulator::fail("waits for a word at a misaligned address");
+    emulator::check_global(word, 4, emulator::Global::ATOMIC, "waits for");
+    // Blocks run one after another in order, so lower ones have done all they will do.
+    if (*word != value) emulator::fail("waits for lower blocks to make %u of a word that they have left at %u", value, *word);
+    m.acquire_stamp = ++m.shadow.stamp;
 }
 }

@@ -81,6 +81,7 @@ NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
         partial[block_index_x()] = block_index_x();
         device_fence();
         if (atomic_add(counter, 1) == grid_size_x() - 1) {
+            device_fence();
             u32 sum = 0;
             for (u32 block = 0; block < grid_size_x(); block++) sum += partial[block];
             *total = sum;
@@ -88,12 +89,15 @@ NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
     }
 }
 
-// The same with one thing forgotten.
-NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, u32 fence) {
+// The same with one step forgotten: 0 the fence before the atomic, 1 the atomic, 2 the fence after it, 3 none.
+NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, u32 forgotten) {
     if (thread_index() == 0) {
         partial[block_index_x()] = block_index_x();
-        if (fence) device_fence();
-        if (fence || atomic_add(counter, 1) == grid_size_x() - 1) *total = partial[0] + partial[1];
+        if (forgotten != 0) device_fence();
+        if (forgotten == 1 || atomic_add(counter, 1) == grid_size_x() - 1) {
+            if (forgotten != 2) device_fence();
+            *total = partial[0] + partial[1];
+        }
     }
 }
 
