@@ -12,11 +12,12 @@ const HEADERS: [(&str, &str); 2] = [
     ("common.cuh", include_str!("../../src/cuda/common.cuh")),
     ("cuda_emulator.h", include_str!("../cuda_emulator.h")),
 ];
-const RUNTIME: [(&str, &str); 8] = [
+const RUNTIME: [(&str, &str); 9] = [
     ("async_copy.h", include_str!("../runtime/async_copy.h")),
     ("collectives.h", include_str!("../runtime/collectives.h")),
     ("conflicts.h", include_str!("../runtime/conflicts.h")),
     ("fiber.h", include_str!("../runtime/fiber.h")),
+    ("global_shadow.h", include_str!("../runtime/global_shadow.h")),
     ("interface.h", include_str!("../runtime/interface.h")),
     ("machine.h", include_str!("../runtime/machine.h")),
     ("memory.h", include_str!("../runtime/memory.h")),

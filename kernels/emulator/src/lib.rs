@@ -6,6 +6,8 @@
 //! - an access lies outside of device memory or of the block's shared memory, or is misaligned;
 //! - two threads access the same bytes of shared memory with no barrier in between, or anyone touches the destination
 //!   of an asynchronous copy before it was waited for;
+//! - a thread accesses bytes of global memory that another thread wrote, with no barrier in between within a block, no
+//!   fence and atomic between blocks, or that were read as memory that nobody writes;
 //! - the lanes of a warp are at different collectives, a barrier waits for threads that have ended, or a block does not
 //!   end.
 //!

@@ -200,6 +200,25 @@ fn the_last_block_to_come_sees_what_the_others_wrote() {
 }
 
 #[test]
+fn what_a_block_wrote_is_anothers_only_after_a_fence_and_an_atomic() {
+    let emulator = Emulator::new(1);
+    let words = || Bytes::words(&emulator, &[0; 2]);
+    let forgotten = ["no device_fence and atomic", "no device_fence and atomic", "first-level cache", ""];
+    for (step, message) in forgotten.into_iter().enumerate() {
+        let (partial, counter, total) = (words(), words(), words());
+        let arguments =
+            [partial.argument(), counter.argument(), total.argument(), Argument::U32(step as u32)];
+        match run(&emulator, "last_block_without", (2, 32), 0, &arguments) {
+            Ok(_) => assert_eq!(message, "", "step {step} was not missed"),
+            Err(error) => assert!(!message.is_empty() && error.contains(message), "step {step}: {error}"),
+        }
+    }
+    let memory = Bytes::words(&emulator, &[0; 64]);
+    let error = run(&emulator, "faulty", (2, 64), 256, &[memory.argument(), Argument::U32(16)]).unwrap_err();
+    assert!(error.contains("no device_fence and atomic"), "{error}");
+}
+
+#[test]
 fn arguments_of_all_kinds_arrive_in_order() {
     let emulator = Emulator::new(1);
     let output = Bytes::words(&emulator, &[0; 16]);
@@ -243,6 +262,10 @@ fn every_fault_is_named_whatever_the_order() {
         (10, "outside of device memory"),
         (11, "the block does not end"),
         (12, "race in shared memory"),
+        (13, "race in global memory"),
+        (14, "race in global memory"),
+        (15, "race in global memory"),
+        (16, ""),
     ];
     for (fault, message) in faults {
         for seed in 0..3 {
