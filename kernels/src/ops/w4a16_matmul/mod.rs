@@ -10,6 +10,7 @@
 //! alone, never on `rows`: a row has the same bits alone and in a batch. Refuses buffers that are too short.
 
 mod cpu;
+pub mod cuda;
 pub(crate) mod layout;
 pub mod reference;
 #[cfg(test)]
