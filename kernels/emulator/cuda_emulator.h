@@ -90,6 +90,9 @@ NIBBLE_DEVICE float shuffle(float value, u32 lane) { return emulator_float(nibbl
 NIBBLE_DEVICE void async_copy_16(void* shared, const void* global, bool valid = true) {
     nibble_async_copy(shared, global, 16, valid);
 }
+NIBBLE_DEVICE void async_copy_16_ahead(void* shared, const void* global, bool valid = true) {
+    nibble_async_copy(shared, global, 16, valid);
+}
 NIBBLE_DEVICE void async_copy_8(void* shared, const void* global, bool valid = true) {
     nibble_async_copy(shared, global, 8, valid);
 }

@@ -73,6 +73,13 @@ NIBBLE_DEVICE void async_copy_16(void* shared, const void* global, bool valid = 
                  : "memory");
 }
 
+// The same, for memory that is read once from begin to end: has the 256 bytes around it come to the second-level cache.
+NIBBLE_DEVICE void async_copy_16_ahead(void* shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
 // The same for 8 and 4 bytes (through the first-level cache: the machine has no other form).
 NIBBLE_DEVICE void async_copy_8(void* shared, const void* global, bool valid = true) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global),

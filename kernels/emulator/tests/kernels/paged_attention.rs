@@ -134,7 +134,7 @@ pub(crate) const SUITE: Suite = Suite {
             "return (first + column) / shared % shared; }",
         ),
         fault("the first sequence for all blocks", "            block -= blocks;\n", 0, ""),
-        fault("values of other dimensions", "32 * dimension_tile);", 0, "32 * warp);"),
+        fault("values of other dimensions", "32 * dimension_tile);", 0, "32 * (dimension_tile ^ 1));"),
         fault("no padding", "ROW_BYTES = 2 * HEAD_DIM + 16", 0, "ROW_BYTES = 2 * HEAD_DIM"),
         fault(
             "no scale",

@@ -12,24 +12,69 @@ const NAME: &str = "dense_matmul";
 /// The kernels.
 pub const SOURCE: Source = Source { name: NAME, text: include_str!("kernel.cu") };
 
-/// Outputs and inputs of a tile, stages of the ring, threads of a block: constants of `kernel.cu`.
-const TILE_OUTPUTS: usize = 128;
-const STEP: usize = 64;
-const STAGES: usize = 4;
-const THREADS: usize = 256;
+/// A kernel's tile: the template parameters of `kernel.cu`.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    outputs: usize,
+    rows: usize,
+    warps: usize,
+    step: usize,
+    stages: usize,
+    /// For F16 and BF16.
+    kernels: [&'static str; 2],
+}
 
-/// Rows of a tile, with the kernels for F16 and BF16.
-const TILES: [(usize, [&str; 2]); 5] = [
-    (8, ["dense_matmul_f16_8", "dense_matmul_bf16_8"]),
-    (16, ["dense_matmul_f16_16", "dense_matmul_bf16_16"]),
-    (32, ["dense_matmul_f16_32", "dense_matmul_bf16_32"]),
-    (64, ["dense_matmul_f16_64", "dense_matmul_bf16_64"]),
-    (128, ["dense_matmul_f16_128", "dense_matmul_bf16_128"]),
+impl Tile {
+    /// Shared memory of a block: the ring of weights and rows.
+    const fn shared_bytes(&self) -> usize {
+        self.stages * (self.outputs + self.rows) * self.step * 2
+    }
+}
+
+macro_rules! tile {
+    ($outputs:literal, $rows:literal, warps $warps:literal, step $step:literal, stages $stages:literal) => {
+        Tile {
+            outputs: $outputs,
+            rows: $rows,
+            warps: $warps,
+            step: $step,
+            stages: $stages,
+            kernels: [
+                concat!("dense_matmul_f16_", $outputs, "_", $rows),
+                concat!("dense_matmul_bf16_", $outputs, "_", $rows),
+            ],
+        }
+    };
+}
+
+/// Tiles for weights with many outputs, by rows.
+const WIDE: [Tile; 5] = [
+    tile!(128, 8, warps 8, step 64, stages 4),
+    tile!(128, 16, warps 8, step 64, stages 4),
+    tile!(128, 32, warps 8, step 64, stages 4),
+    tile!(128, 64, warps 8, step 64, stages 4),
+    tile!(128, 128, warps 8, step 64, stages 4),
 ];
 
-/// Shared memory of a block: the ring of weights and rows.
-const fn shared_bytes(tile_rows: usize) -> usize {
-    STAGES * (TILE_OUTPUTS + tile_rows) * STEP * 2
+/// Tiles for weights with few.
+const NARROW: [Tile; 4] = [
+    tile!(32, 8, warps 2, step 128, stages 6),
+    tile!(32, 16, warps 2, step 128, stages 6),
+    tile!(32, 32, warps 4, step 128, stages 4),
+    tile!(32, 64, warps 8, step 128, stages 4),
+];
+
+/// The tile for a product: the fewest rows that take all, or the most that fit the card; narrow where wide tiles would
+/// leave multiprocessors without one.
+fn choose(rows: usize, out_features: usize, properties: &Properties) -> &'static Tile {
+    let of = |tiles: &'static [Tile]| {
+        let mut fitting =
+            tiles.iter().filter(|tile| tile.shared_bytes() <= properties.shared_bytes_per_block as usize);
+        fitting.clone().find(|tile| tile.rows >= rows).or_else(|| fitting.next_back()).unwrap_or(&tiles[0])
+    };
+    let wide = of(&WIDE);
+    let blocks = rows.div_ceil(wide.rows) * out_features.div_ceil(wide.outputs);
+    if blocks < properties.multiprocessors as usize { of(&NARROW) } else { wide }
 }
 
 /// Where everything lies; a bias of 0 is none.
@@ -41,25 +86,20 @@ struct Addresses {
     output: Address,
 }
 
-/// The launch for `rows` rows: the smallest tile that takes them all, or several of the largest that fits the card.
 fn launch(
-    shape: [usize; 3],
+    [rows, out_features, in_features]: [usize; 3],
     element: Element,
     addresses: &Addresses,
     properties: &Properties,
 ) -> Result<Launch, KernelError> {
-    let [rows, out_features, in_features] = shape;
     require_vectors(NAME, "in_features", in_features)?;
-    let mut fitting =
-        TILES.iter().filter(|tile| shared_bytes(tile.0) <= properties.shared_bytes_per_block as usize);
-    let tile = fitting.clone().find(|tile| tile.0 >= rows).or_else(|| fitting.next_back());
-    let (tile_rows, kernels) = *tile.unwrap_or(&TILES[0]);
+    let tile = choose(rows, out_features, properties);
     Ok(Launch {
         source: SOURCE,
-        kernel: entry_point(element, kernels),
-        grid: [rows.div_ceil(tile_rows) as u32, out_features.div_ceil(TILE_OUTPUTS) as u32, 1],
-        block: THREADS as u32,
-        shared_bytes: shared_bytes(tile_rows) as u32,
+        kernel: entry_point(element, tile.kernels),
+        grid: [rows.div_ceil(tile.rows) as u32, out_features.div_ceil(tile.outputs) as u32, 1],
+        block: 32 * tile.warps as u32,
+        shared_bytes: tile.shared_bytes() as u32,
         arguments: [
             Argument::Address(addresses.input),
             Argument::Address(addresses.weight),
@@ -107,25 +147,38 @@ mod tests {
         }
     }
 
-    fn launch_of(rows: usize, shared_bytes_per_block: u32) -> (&'static str, [u32; 3], u32) {
+    fn launch_of(
+        rows: usize,
+        out_features: usize,
+        shared_bytes_per_block: u32,
+    ) -> (&'static str, [u32; 3], u32) {
         let card = card(shared_bytes_per_block);
-        let launch = launch([rows, 128_256, 8192], Element::F16, &NOWHERE, &card).unwrap();
+        let launch = launch([rows, out_features, 8192], Element::F16, &NOWHERE, &card).unwrap();
         (launch.kernel, launch.grid, launch.shared_bytes)
     }
 
     #[test]
     fn the_smallest_tile_that_takes_all_rows_is_used() {
-        assert_eq!(launch_of(1, 163 << 10), ("dense_matmul_f16_8", [1, 1002, 1], 69_632));
-        assert_eq!(launch_of(9, 163 << 10), ("dense_matmul_f16_16", [1, 1002, 1], 73_728));
-        assert_eq!(launch_of(64, 163 << 10), ("dense_matmul_f16_64", [1, 1002, 1], 98_304));
-        assert_eq!(launch_of(129, 163 << 10), ("dense_matmul_f16_128", [2, 1002, 1], 131_072));
-        assert_eq!(launch_of(129, 99 << 10), ("dense_matmul_f16_64", [3, 1002, 1], 98_304));
+        let head = |rows| launch_of(rows, 128_256, 163 << 10);
+        assert_eq!(head(1), ("dense_matmul_f16_128_8", [1, 1002, 1], 69_632));
+        assert_eq!(head(9), ("dense_matmul_f16_128_16", [1, 1002, 1], 73_728));
+        assert_eq!(head(64), ("dense_matmul_f16_128_64", [1, 1002, 1], 98_304));
+        assert_eq!(head(129), ("dense_matmul_f16_128_128", [2, 1002, 1], 131_072));
+        assert_eq!(launch_of(129, 128_256, 99 << 10), ("dense_matmul_f16_128_64", [3, 1002, 1], 98_304));
+    }
+
+    #[test]
+    fn few_outputs_are_dealt_to_more_blocks() {
+        assert_eq!(launch_of(1, 4096, 163 << 10), ("dense_matmul_f16_32_8", [1, 128, 1], 61_440));
+        assert_eq!(launch_of(64, 4096, 163 << 10), ("dense_matmul_f16_32_64", [1, 128, 1], 98_304));
+        assert_eq!(launch_of(512, 4096, 163 << 10), ("dense_matmul_f16_128_128", [4, 32, 1], 131_072));
+        assert_eq!(launch_of(300, 1024, 163 << 10), ("dense_matmul_f16_32_64", [5, 32, 1], 98_304));
     }
 
     #[test]
     fn two_blocks_of_up_to_32_rows_share_a_multiprocessor_of_an_a100() {
-        for rows in [8, 16, 32] {
-            assert!(2 * (shared_bytes(rows) + 1024) <= 164 << 10, "{rows}");
+        for tile in WIDE.iter().chain(&NARROW).filter(|tile| tile.rows <= 32) {
+            assert!(2 * (tile.shared_bytes() + 1024) <= 164 << 10, "{tile:?}");
         }
     }
 
