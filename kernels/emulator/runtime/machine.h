@@ -5,6 +5,7 @@
 // that start, is drawn from the launch's seed, and now and then a warp is left in favour of another in the middle.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -48,6 +49,8 @@ struct Thread {
     std::vector<u32> group_ends;
     u32 copies_done = 0;
     u32 groups_done = 0;
+    // The stamp of its latest shared_proxy_fence.
+    u32 proxy_fence = 0;
 };
 
 // What a lane gives to a collective and gets from it.

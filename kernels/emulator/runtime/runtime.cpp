@@ -4,8 +4,8 @@
 #include "interface.h"
 #include "machine.h"
 #include "memory.h"
+#include "warpgroup.h"
 
-#include <algorithm>
 #include <numeric>
 
 namespace emulator {
@@ -73,7 +73,7 @@ static void run_block(Machine& m, u32 block) {
         thread.context = Stacks::start(thread.stack, run_thread);
         thread.copies.clear();
         thread.group_ends.clear();
-        thread.copies_done = thread.groups_done = 0;
+        thread.copies_done = thread.groups_done = thread.proxy_fence = 0;
     }
     for (u32 index = 0; index < m.warp_count(); index++) {
         Warp& warp = m.warps[index];
@@ -83,6 +83,7 @@ static void run_block(Machine& m, u32 block) {
         warp.runnable = warp.all();
         warp.barrier_stamp = 0;
         warp.log.forget();
+        warpgroup_states[index].clear();
     }
     m.current = &next_lane(*random_warp(), m.random(WARP));
     nibble_switch_fiber(&m.host_context, m.current->context);
@@ -161,6 +162,7 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     std::iota(order.begin(), order.end(), 0);
     const bool any_order = &nibble_blocks_start_in_order == nullptr;
     for (u32 i = static_cast<u32>(order.size()); any_order && i > 1; i--) std::swap(order[i - 1], order[m.random(i)]);
+    warpgroup_states.resize(MAX_THREADS / WARP);
     m.global_shadow.start(static_cast<u32>(order.size()));
     for (u32 block : order) {
         run_block(m, block);

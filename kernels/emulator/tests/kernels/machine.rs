@@ -8,6 +8,7 @@ use nibble_kernels::device::cuda::driver::{Address, Argument, Driver, Launch, So
 use crate::lab::{ELEMENTS, random, random_words};
 
 const SOURCE: Source = Source { name: "machine", text: include_str!("machine.cu") };
+const WARPGROUP: Source = Source { name: "warpgroup", text: include_str!("warpgroup.cu") };
 
 /// A value's bytes on the device, given back when dropped.
 struct Bytes<'a> {
@@ -59,13 +60,23 @@ impl Drop for Bytes<'_> {
 fn run(
     emulator: &Emulator,
     kernel: &'static str,
+    shape: (u32, u32),
+    shared_bytes: u32,
+    arguments: &[Argument],
+) -> Result<Report, String> {
+    run_source(SOURCE, emulator, kernel, shape, shared_bytes, arguments)
+}
+
+fn run_source(
+    source: Source,
+    emulator: &Emulator,
+    kernel: &'static str,
     (blocks, threads): (u32, u32),
     shared_bytes: u32,
     arguments: &[Argument],
 ) -> Result<Report, String> {
     let arguments = arguments.iter().copied().collect();
-    let launch =
-        Launch { source: SOURCE, kernel, grid: [blocks, 1, 1], block: threads, shared_bytes, arguments };
+    let launch = Launch { source, kernel, grid: [blocks, 1, 1], block: threads, shared_bytes, arguments };
     emulator.launch(&launch).map_err(|error| error.to_string())?;
     Ok(emulator.report())
 }
@@ -93,6 +104,38 @@ fn a_product_of_tiles_is_the_product() {
         }
         assert_eq!((report.matrix_products, report.async_copies, report.async_bytes), (2, 48, 768));
         assert!(report.matrix_conflict_cycles > 0, "rows of 32 bytes lie in few banks: {report:?}");
+    }
+}
+
+#[test]
+fn a_product_of_a_warpgroup_is_the_product_unless_something_is_forgotten() {
+    let emulator = Emulator::hopper(1);
+    for element in ELEMENTS {
+        let (a, b) = (random(element, 64 * 64, 1, 1.0), random(element, 32 * 64, 2, 1.0));
+        let halves = |values: &[f32]| values.iter().map(|&value| element.round(value)).collect::<Vec<_>>();
+        let (a_bytes, b_bytes) =
+            (Bytes::halves(&emulator, &halves(&a)), Bytes::halves(&emulator, &halves(&b)));
+        let kernel = kernel_of(element, ["warpgroup_f16", "warpgroup_bf16"]);
+        let outcome = |fault| {
+            let products = Bytes::words(&emulator, &[u32::MAX; 64 * 32]);
+            let arguments =
+                [a_bytes.argument(), b_bytes.argument(), products.argument(), Argument::U32(fault)];
+            run_source(WARPGROUP, &emulator, kernel, (1, 128), 4096, &arguments)?;
+            let wrong = products.read_words().into_iter().enumerate().filter(|&(index, found)| {
+                let (row, column) = (index / 32, index % 32);
+                let expected: f32 = (0..64).map(|k| a[row * 64 + k] * b[column * 64 + k]).sum();
+                let error = (f32::from_bits(found) - expected).abs();
+                error > 1e-4 || error.is_nan()
+            });
+            Ok::<_, String>(wrong.count())
+        };
+        assert_eq!(outcome(0), Ok(0), "{element}");
+        assert!(outcome(1).unwrap_err().contains("no shared_proxy_fence"));
+        assert_eq!(outcome(2), Ok(64 * 32), "without a wait all sums are NaN");
+        assert!(outcome(3).unwrap_err().contains("while a product read them"));
+        assert!(outcome(4).unwrap() > 0, "registers are read as late as the wait");
+        assert!(outcome(5).unwrap_err().contains("no warpgroup_fence"));
+        assert!(outcome(6).unwrap_err().contains("race in shared memory"));
     }
 }
 
