@@ -20,6 +20,9 @@
 #error "the emulator switches fibers by hand: it runs on x86-64 Linux only"
 #endif
 
+// Seen by the runtime, which then runs blocks in order.
+#define NIBBLE_BLOCKS_START_IN_ORDER \
+    extern "C" __attribute__((visibility("default"))) const u32 nibble_blocks_start_in_order = 1;
 #define NIBBLE_DEVICE inline __attribute__((always_inline))
 #define NIBBLE_KERNEL(threads, blocks) extern "C" __attribute__((visibility("default"))) void
 
@@ -36,7 +39,9 @@ void nibble_block_barrier();
 void nibble_warp_barrier();
 u32 nibble_shuffle_xor(u32 value, u32 mask);
 u32 nibble_shuffle(u32 value, u32 lane);
+void nibble_device_fence();
 u32 nibble_atomic_add(u32* word, u32 value);
+void nibble_wait_for_lower_blocks(const u32* word, u32 value);
 void nibble_async_copy(void* shared, const void* global, u32 bytes, bool valid);
 void nibble_async_commit();
 void nibble_async_wait(u32 pending);
@@ -46,7 +51,11 @@ EmulatorWords nibble_load_matrix_x4_transposed(const void* row);
 EmulatorFloats nibble_multiply_matrices_f16(EmulatorFloats sums, EmulatorWords a, u64 b);
 EmulatorFloats nibble_multiply_matrices_bf16(EmulatorFloats sums, EmulatorWords a, u64 b);
 EmulatorWords nibble_load_16(const void* from);
+EmulatorWords nibble_load_16_read_only(const void* from);
+EmulatorWords nibble_load_16_of_other_block(const void* from);
 void nibble_store_16(void* to, EmulatorWords words);
+u64 nibble_load_8(const void* from);
+void nibble_store_8(void* to, u64 words);
 }
 
 NIBBLE_DEVICE u32 thread_index() { return nibble_thread_index(); }
@@ -64,8 +73,8 @@ NIBBLE_DEVICE u32 shared_address(const void* shared) {
 
 NIBBLE_DEVICE void block_barrier() { nibble_block_barrier(); }
 NIBBLE_DEVICE void warp_barrier() { nibble_warp_barrier(); }
-// Blocks run one after another, so memory is in order; the compiler still has to keep it.
-NIBBLE_DEVICE void device_fence() { asm volatile("" ::: "memory"); }
+NIBBLE_DEVICE void device_fence() { nibble_device_fence(); }
+NIBBLE_DEVICE void wait_for_lower_blocks(const u32* word, u32 value) { nibble_wait_for_lower_blocks(word, value); }
 NIBBLE_DEVICE u32 atomic_add(u32* word, u32 value) { return nibble_atomic_add(word, value); }
 
 NIBBLE_DEVICE u32 emulator_bits(float value) { return __builtin_bit_cast(u32, value); }
@@ -147,10 +156,29 @@ NIBBLE_DEVICE Words4 load_16(const void* from) {
     EmulatorWords words = nibble_load_16(from);
     return Words4{words[0], words[1], words[2], words[3]};
 }
-NIBBLE_DEVICE Words4 load_16_read_only(const void* from) { return load_16(from); }
+NIBBLE_DEVICE Words4 load_16_read_only(const void* from) {
+    EmulatorWords words = nibble_load_16_read_only(from);
+    return Words4{words[0], words[1], words[2], words[3]};
+}
+NIBBLE_DEVICE Words4 load_16_of_other_block(const void* from) {
+    EmulatorWords words = nibble_load_16_of_other_block(from);
+    return Words4{words[0], words[1], words[2], words[3]};
+}
 NIBBLE_DEVICE void store_16(void* to, Words4 words) {
     nibble_store_16(to, EmulatorWords{words.x, words.y, words.z, words.w});
 }
+
+struct alignas(8) Words2 {
+    u32 x, y;
+};
+NIBBLE_DEVICE Words2 load_8(const void* from) {
+    u64 words = nibble_load_8(from);
+    return Words2{static_cast<u32>(words), static_cast<u32>(words >> 32)};
+}
+NIBBLE_DEVICE void store_8(void* to, Words2 words) { nibble_store_8(to, static_cast<u64>(words.y) << 32 | words.x); }
+
+NIBBLE_DEVICE u32 float_bits(float value) { return emulator_bits(value); }
+NIBBLE_DEVICE float bits_float(u32 bits) { return emulator_float(bits); }
 
 // The nearest float of a sum that is exact in double, made odd where it is not exact: rounding it once more, to 16 bits,
 // then gives what one rounding would.

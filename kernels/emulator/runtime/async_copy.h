@@ -14,7 +14,7 @@ void nibble_async_copy(void* shared, const void* global, uint32_t bytes, bool va
              static_cast<unsigned long long>(number(global)), offset, bytes);
     }
     if (valid) {
-        check_global(global, bytes, false, "copies");
+        check_global(global, bytes, Global::LOAD, "copies");
         m.report->async_bytes += bytes;
     }
     if (const Access* other = m.shadow.write(offset, bytes, accessor(), true)) {

@@ -1,10 +1,11 @@
 // The block that is running: its threads, their states, and who runs next.
 //
 // Lanes of a warp run in turn, each up to its next collective or barrier; the last lane to arrive at a collective does
-// it for all. The order of blocks, of warps, and of the lanes that start, is drawn from the launch's seed, and now and
-// then a warp is left in favour of another in the middle.
+// it for all. The order of blocks (of those whose source says that they start in order, not), of warps, and of the lanes
+// that start, is drawn from the launch's seed, and now and then a warp is left in favour of another in the middle.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "conflicts.h"
 #include "fiber.h"
+#include "global_shadow.h"
 #include "interface.h"
 #include "shadow.h"
 
@@ -47,6 +49,8 @@ struct Thread {
     std::vector<u32> group_ends;
     u32 copies_done = 0;
     u32 groups_done = 0;
+    // The stamp of its latest shared_proxy_fence.
+    u32 proxy_fence = 0;
 };
 
 // What a lane gives to a collective and gets from it.
@@ -92,7 +96,14 @@ struct Machine {
     u8* shared = nullptr;
     u32 shared_bytes = 0;
     Shadow shadow;
+    // The allocation that was accessed last, and its writes.
     NibbleRange last_range = {};
+    GlobalWrite* last_writes = nullptr;
+    GlobalShadow global_shadow;
+    u32 block_number = 0;
+    // Of the block's latest fence, and of its latest atomic or wait, which let it see what other blocks have released.
+    u32 fence_stamp = 0;
+    u32 acquire_stamp = 0;
 
     Stacks stacks;
     std::vector<u8> shared_storage;

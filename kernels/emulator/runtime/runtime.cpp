@@ -4,8 +4,8 @@
 #include "interface.h"
 #include "machine.h"
 #include "memory.h"
+#include "warpgroup.h"
 
-#include <algorithm>
 #include <numeric>
 
 namespace emulator {
@@ -61,6 +61,8 @@ static void run_block(Machine& m, u32 block) {
     m.block_index[0] = block % launch.grid[0];
     m.block_index[1] = block / launch.grid[0] % launch.grid[1];
     m.block_index[2] = block / launch.grid[0] / launch.grid[1];
+    m.block_number = block;
+    m.fence_stamp = m.acquire_stamp = 0;
     m.waiting = m.ended = m.steps = 0;
     memset(m.shared, 0xff, m.shared_bytes);
     m.shadow.start_block();
@@ -71,7 +73,7 @@ static void run_block(Machine& m, u32 block) {
         thread.context = Stacks::start(thread.stack, run_thread);
         thread.copies.clear();
         thread.group_ends.clear();
-        thread.copies_done = thread.groups_done = 0;
+        thread.copies_done = thread.groups_done = thread.proxy_fence = 0;
     }
     for (u32 index = 0; index < m.warp_count(); index++) {
         Warp& warp = m.warps[index];
@@ -81,6 +83,7 @@ static void run_block(Machine& m, u32 block) {
         warp.runnable = warp.all();
         warp.barrier_stamp = 0;
         warp.log.forget();
+        warpgroup_states[index].clear();
     }
     m.current = &next_lane(*random_warp(), m.random(WARP));
     nibble_switch_fiber(&m.host_context, m.current->context);
@@ -132,6 +135,9 @@ void nibble_block_barrier() {
     run_warp(*random_warp());
 }
 
+// Defined by NIBBLE_BLOCKS_START_IN_ORDER.
+extern const uint32_t nibble_blocks_start_in_order __attribute__((weak));
+
 int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     using namespace emulator;
     *report = {};
@@ -145,6 +151,7 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     m.failed = false;
     m.random_state = launch->seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u;
     m.last_range = {};
+    m.last_writes = nullptr;
     m.shared_bytes = launch->shared_bytes;
     m.shared_storage.resize(launch->shared_bytes + 2 * SHARED_MARGIN + SHARED_ALIGNMENT);
     u64 first = number(m.shared_storage.data()) + SHARED_MARGIN;
@@ -153,11 +160,15 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
     machine = &m;
     std::vector<u32> order(static_cast<size_t>(launch->grid[0]) * launch->grid[1] * launch->grid[2]);
     std::iota(order.begin(), order.end(), 0);
-    for (u32 i = static_cast<u32>(order.size()); i > 1; i--) std::swap(order[i - 1], order[m.random(i)]);
+    const bool any_order = &nibble_blocks_start_in_order == nullptr;
+    for (u32 i = static_cast<u32>(order.size()); any_order && i > 1; i--) std::swap(order[i - 1], order[m.random(i)]);
+    warpgroup_states.resize(MAX_THREADS / WARP);
+    m.global_shadow.start(static_cast<u32>(order.size()));
     for (u32 block : order) {
         run_block(m, block);
         if (m.failed) break;
     }
+    m.global_shadow.clear();
     machine = nullptr;
     return m.failed;
 }

@@ -71,6 +71,15 @@ class Shadow {
         return nullptr;
     }
 
+    // The latest of the writes to the bytes.
+    Access latest_write(uint32_t offset, uint32_t size) const {
+        Access latest = cells_[offset / GRANULE].write;
+        for (uint32_t i = offset / GRANULE; i <= (offset + size - 1) / GRANULE; i++) {
+            if (cells_[i].write.stamp > latest.stamp) latest = cells_[i].write;
+        }
+        return latest;
+    }
+
     // The end of a copy that `write` entered as pending.
     void finish_copy(uint32_t offset, uint32_t size, const Accessor& who) {
         for (uint32_t i = offset / GRANULE; i <= (offset + size - 1) / GRANULE; i++) {

@@ -8,19 +8,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::{env, fs, io};
 
 /// The sources a kernel is compiled with, by name. All of them decide whether a cached object is still right.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("common.cuh", include_str!("../../src/cuda/common.cuh")),
+    ("warpgroup.cuh", include_str!("../../src/cuda/warpgroup.cuh")),
     ("cuda_emulator.h", include_str!("../cuda_emulator.h")),
+    ("warpgroup_emulator.h", include_str!("../warpgroup_emulator.h")),
 ];
-const RUNTIME: [(&str, &str); 8] = [
+const RUNTIME: [(&str, &str); 10] = [
     ("async_copy.h", include_str!("../runtime/async_copy.h")),
     ("collectives.h", include_str!("../runtime/collectives.h")),
     ("conflicts.h", include_str!("../runtime/conflicts.h")),
     ("fiber.h", include_str!("../runtime/fiber.h")),
+    ("global_shadow.h", include_str!("../runtime/global_shadow.h")),
     ("interface.h", include_str!("../runtime/interface.h")),
     ("machine.h", include_str!("../runtime/machine.h")),
     ("memory.h", include_str!("../runtime/memory.h")),
     ("shadow.h", include_str!("../runtime/shadow.h")),
+    ("warpgroup.h", include_str!("../runtime/warpgroup.h")),
 ];
 const RUNTIME_SOURCE: (&str, &str) = ("runtime.cpp", include_str!("../runtime/runtime.cpp"));
 
@@ -29,9 +33,10 @@ const FLAGS: [&str; 6] =
 /// Reports each load and store to the runtime; the second part leaves out calls at every function's begin and end.
 const REPORT_ACCESSES: [&str; 3] = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"];
 
-/// Compiles a kernel source, unless it is in the cache, and gives the path of the shared object.
-pub(crate) fn compile(name: &str, text: &str) -> Result<PathBuf, String> {
-    let key = hash(&(FLAGS, REPORT_ACCESSES, HEADERS, RUNTIME, RUNTIME_SOURCE, name, text));
+/// Compiles a kernel source, unless it is in the cache, and gives the path of the shared object. `warpgroups` says that
+/// the device has Hopper's products of warpgroups.
+pub(crate) fn compile(name: &str, text: &str, warpgroups: bool) -> Result<PathBuf, String> {
+    let key = hash(&(FLAGS, REPORT_ACCESSES, HEADERS, RUNTIME, RUNTIME_SOURCE, name, text, warpgroups));
     let cache = cache_folder()?;
     let object = cache.join(format!("{name}-{key:016x}.so"));
     if object.exists() {
@@ -42,15 +47,11 @@ pub(crate) fn compile(name: &str, text: &str) -> Result<PathBuf, String> {
     folder.write(&HEADERS)?;
     folder.write(&[("kernel.cu", text)])?;
     let mut command = compiler();
-    command.args(FLAGS).args(REPORT_ACCESSES).args([
-        "-DNIBBLE_EMULATOR",
-        "-c",
-        "-x",
-        "c++",
-        "kernel.cu",
-        "-o",
-        "kernel.o",
-    ]);
+    command.args(FLAGS).args(REPORT_ACCESSES).arg("-DNIBBLE_EMULATOR");
+    if warpgroups {
+        command.arg("-DNIBBLE_EMULATE_WARPGROUPS");
+    }
+    command.args(["-c", "-x", "c++", "kernel.cu", "-o", "kernel.o"]);
     folder.run(command)?;
     // Without -fsanitize: its calls find the runtime's functions, not a library of the compiler's.
     let mut command = compiler();

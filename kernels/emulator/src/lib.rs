@@ -6,6 +6,8 @@
 //! - an access lies outside of device memory or of the block's shared memory, or is misaligned;
 //! - two threads access the same bytes of shared memory with no barrier in between, or anyone touches the destination
 //!   of an asynchronous copy before it was waited for;
+//! - a thread accesses bytes of global memory that another thread wrote, with no barrier in between within a block, no
+//!   fence and atomic between blocks, or that were read as memory that nobody writes;
 //! - the lanes of a warp are at different collectives, a barrier waits for threads that have ended, or a block does not
 //!   end.
 //!
@@ -21,14 +23,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nibble_kernels::KernelError;
-use nibble_kernels::device::cuda::driver::{Address, Driver, Launch, Properties};
+use nibble_kernels::device::cuda::driver::{Address, Driver, Launch, Properties, Source};
 
 use library::Library;
 pub use library::Report;
 use memory::Memory;
 use mutations::Mutation;
 
-/// An emulated A100 with host memory. Launches run at once, on the thread that submits them.
+/// An emulated card with host memory. Launches run at once, on the thread that submits them.
 #[derive(Debug)]
 pub struct Emulator {
     properties: Properties,
@@ -40,7 +42,7 @@ pub struct Emulator {
 }
 
 impl Emulator {
-    /// A device whose launches order their blocks, warps and lanes by `seed` and their number.
+    /// An emulated A100 whose launches order their blocks, warps and lanes by `seed` and their number.
     pub fn new(seed: u64) -> Self {
         Self {
             properties: Properties {
@@ -58,14 +60,27 @@ impl Emulator {
         }
     }
 
-    /// A device that runs the kernels of one source with a fault.
-    pub fn with_mutation(seed: u64, mutation: Mutation) -> Self {
-        Self { mutation: Some(mutation), ..Self::new(seed) }
+    /// An emulated H100, whose kernels use the products of warpgroups.
+    pub fn hopper(seed: u64) -> Self {
+        let properties = Properties {
+            name: "emulated H100".to_owned(),
+            compute_capability: (9, 0),
+            multiprocessors: 132,
+            shared_bytes_per_block: 227 << 10,
+            memory_bytes: 80 << 30,
+        };
+        Self { properties, ..Self::new(seed) }
+    }
+
+    /// Runs the kernels of one source with a fault.
+    #[must_use]
+    pub fn with_mutation(self, mutation: Mutation) -> Self {
+        Self { mutation: Some(mutation), ..self }
     }
 
     /// Another number of multiprocessors, which is what launches choose their grids by.
     #[must_use]
-    pub fn multiprocessors(mut self, multiprocessors: u32) -> Self {
+    pub fn with_multiprocessors(mut self, multiprocessors: u32) -> Self {
         self.properties.multiprocessors = multiprocessors;
         self
     }
@@ -75,15 +90,25 @@ impl Emulator {
         *self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn library(&self, launch: &Launch) -> Result<Arc<Library>, KernelError> {
+    /// Compiles a source, with the fault if there is one. A launch does so too; this tells a fault that does not compile
+    /// from one that a test has found.
+    ///
+    /// # Errors
+    /// When the fault cannot be planted, or what the compiler says.
+    pub fn compile(&self, source: Source) -> Result<(), KernelError> {
+        self.library(source).map(|_| ())
+    }
+
+    fn library(&self, source: Source) -> Result<Arc<Library>, KernelError> {
         let text = match &self.mutation {
-            Some(mutation) if mutation.source == launch.source.name => {
-                mutation.apply(launch.source.text).map_err(|reason| error("plant a fault", reason))?
+            Some(mutation) if mutation.source == source.name => {
+                mutation.apply(source.text).map_err(|reason| error("plant a fault", reason))?
             }
-            _ => launch.source.text.to_owned(),
+            _ => source.text.to_owned(),
         };
-        let action = format!("compile {}", launch.source.name);
-        Library::of_source(launch.source.name, &text).map_err(|reason| error(action, reason))
+        let action = format!("compile {}", source.name);
+        let warpgroups = self.properties.compute_capability == (9, 0);
+        Library::of_source(source.name, &text, warpgroups).map_err(|reason| error(action, reason))
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
@@ -127,7 +152,7 @@ impl Driver for Emulator {
                 format!("{} bytes of shared memory are more than the device has", launch.shared_bytes);
             return Err(error(action, reason));
         }
-        let library = self.library(launch)?;
+        let library = self.library(launch.source)?;
         let seed = self.seed.wrapping_mul(1009).wrapping_add(self.launches.fetch_add(1, Ordering::Relaxed));
         // Held while the kernel runs: nothing is freed under it, and launches are one after another.
         let memory = self.memory();

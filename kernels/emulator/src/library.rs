@@ -79,20 +79,23 @@ type LaunchFunction = unsafe extern "C" fn(*const RawLaunch, *mut RawReport) -> 
 #[derive(Debug)]
 pub(crate) struct Library(libloading::Library);
 
+/// A source's name and text, and whether the device has products of warpgroups.
+type Key = (String, String, bool);
+
 /// A source that is being compiled, or was.
 type Loading = Arc<OnceLock<Result<Arc<Library>, String>>>;
 
 impl Library {
     /// Compiles and loads a source, once in this process.
-    pub(crate) fn of_source(name: &str, text: &str) -> Result<Arc<Self>, String> {
-        static LOADED: LazyLock<Mutex<HashMap<(String, String), Loading>>> = LazyLock::new(Mutex::default);
-        let key = (name.to_owned(), text.to_owned());
+    pub(crate) fn of_source(name: &str, text: &str, warpgroups: bool) -> Result<Arc<Self>, String> {
+        static LOADED: LazyLock<Mutex<HashMap<Key, Loading>>> = LazyLock::new(Mutex::default);
+        let key = (name.to_owned(), text.to_owned(), warpgroups);
         let loading = LOADED.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone();
-        loading.get_or_init(|| Self::load(name, text).map(Arc::new)).clone()
+        loading.get_or_init(|| Self::load(name, text, warpgroups).map(Arc::new)).clone()
     }
 
-    fn load(name: &str, text: &str) -> Result<Self, String> {
-        let path = compiler::compile(name, text)?;
+    fn load(name: &str, text: &str, warpgroups: bool) -> Result<Self, String> {
+        let path = compiler::compile(name, text, warpgroups)?;
         // SAFETY: the object was made from the runtime and a kernel source; nothing in it runs at load time.
         unsafe { libloading::Library::new(&path) }.map(Self).map_err(|error| error.to_string())
     }

@@ -1,13 +1,9 @@
 //! Faults planted in kernel sources, to see whether the tests would catch them.
 
-use nibble_kernels::device::cuda::driver::Source;
-
-use crate::library::Library;
-
 /// A change of one place of a kernel's source that makes it wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mutation {
-    /// The operation's name, [`Source::name`].
+    /// The operation's name, [`Source::name`](nibble_kernels::device::cuda::driver::Source::name).
     pub source: &'static str,
     /// What is wrong, in a few words.
     pub fault: &'static str,
@@ -33,13 +29,5 @@ impl Mutation {
         };
         let end = start + self.pattern.len();
         Ok(format!("{}{}{}", &text[..start], self.replacement, &text[end..]))
-    }
-
-    /// Compiles the source with the fault: one that does not compile says nothing about the tests.
-    ///
-    /// # Errors
-    /// When it cannot be planted, or what the compiler says.
-    pub fn compile(&self, source: &Source) -> Result<(), String> {
-        Library::of_source(source.name, &self.apply(source.text)?).map(|_| ())
     }
 }

@@ -47,19 +47,32 @@ impl Lab {
 
     /// A device of its own; `seed` decides the order of blocks, warps and lanes.
     pub(crate) fn device(&self, element: Element, seed: u64) -> TestDevice {
-        self.device_of_size(element, seed, Emulator::new(0).properties().multiprocessors)
+        self.device_on(Emulator::new(seed), element)
     }
 
     /// One with another number of multiprocessors, for launches that choose their grid by it.
     pub(crate) fn device_of_size(&self, element: Element, seed: u64, multiprocessors: u32) -> TestDevice {
-        let emulator = match self.fault {
-            Some(fault) => Emulator::with_mutation(seed, fault),
-            None => Emulator::new(seed),
-        };
-        let emulator = Arc::new(emulator.multiprocessors(multiprocessors));
+        self.device_on(Emulator::new(seed).multiprocessors(multiprocessors), element)
+    }
+
+    /// The emulator of [`Self::device`].
+    pub(crate) fn emulator(&self, seed: u64) -> Emulator {
+        self.with_fault(Emulator::new(seed))
+    }
+
+    /// A device on another kind of emulator, as [`Emulator::hopper`].
+    pub(crate) fn device_on(&self, emulator: Emulator, element: Element) -> TestDevice {
+        let emulator = Arc::new(self.with_fault(emulator));
         let driver: Arc<dyn Driver> = emulator.clone();
         let cuda = Cuda::new(driver, element).expect("there is memory for a test");
         TestDevice { emulator, cuda }
+    }
+
+    fn with_fault(&self, emulator: Emulator) -> Emulator {
+        match self.fault {
+            Some(fault) => emulator.with_mutation(fault),
+            None => emulator,
+        }
     }
 }
 

@@ -81,9 +81,22 @@ NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
         partial[block_index_x()] = block_index_x();
         device_fence();
         if (atomic_add(counter, 1) == grid_size_x() - 1) {
+            device_fence();
             u32 sum = 0;
             for (u32 block = 0; block < grid_size_x(); block++) sum += partial[block];
             *total = sum;
+        }
+    }
+}
+
+// The same with one step forgotten: 0 the fence before the atomic, 1 the atomic, 2 the fence after it, 3 none.
+NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, u32 forgotten) {
+    if (thread_index() == 0) {
+        partial[block_index_x()] = block_index_x();
+        if (forgotten != 0) device_fence();
+        if (forgotten == 1 || atomic_add(counter, 1) == grid_size_x() - 1) {
+            if (forgotten != 2) device_fence();
+            *total = partial[0] + partial[1];
         }
     }
 }
@@ -129,6 +142,10 @@ NIBBLE_KERNEL(64, 1) faulty(u32* memory, u32 fault) {
         case 10: memory[index] = memory[index - 64]; break;                            // before the start
         case 11: while (memory[0] != 1) block_barrier(); break;                        // never ends
         case 12: if (index < 32) { block_barrier(); memory[index] = shared[index ^ 1]; shared[index] = 1; } else block_barrier(); break;
+        case 13: memory[index] = 1; shared[0] = memory[index ^ 1]; break;              // another thread's word
+        case 14: memory[index % 32] = 1; break;                                        // two threads write one word
+        case 15: load_16_read_only(memory); memory[index] = 1; break;                  // not only read
+        case 16: memory[index] = 1; block_barrier(); memory[index ^ 1] = 2; break;     // two blocks write one word
         default: warp_barrier(); memory[index] = shared[index ^ 1];
     }
 }

@@ -8,6 +8,7 @@ use nibble_kernels::device::cuda::driver::{Address, Argument, Driver, Launch, So
 use crate::lab::{ELEMENTS, random, random_words};
 
 const SOURCE: Source = Source { name: "machine", text: include_str!("machine.cu") };
+const WARPGROUP: Source = Source { name: "warpgroup", text: include_str!("warpgroup.cu") };
 
 /// A value's bytes on the device, given back when dropped.
 struct Bytes<'a> {
@@ -59,13 +60,23 @@ impl Drop for Bytes<'_> {
 fn run(
     emulator: &Emulator,
     kernel: &'static str,
+    shape: (u32, u32),
+    shared_bytes: u32,
+    arguments: &[Argument],
+) -> Result<Report, String> {
+    run_source(SOURCE, emulator, kernel, shape, shared_bytes, arguments)
+}
+
+fn run_source(
+    source: Source,
+    emulator: &Emulator,
+    kernel: &'static str,
     (blocks, threads): (u32, u32),
     shared_bytes: u32,
     arguments: &[Argument],
 ) -> Result<Report, String> {
     let arguments = arguments.iter().copied().collect();
-    let launch =
-        Launch { source: SOURCE, kernel, grid: [blocks, 1, 1], block: threads, shared_bytes, arguments };
+    let launch = Launch { source, kernel, grid: [blocks, 1, 1], block: threads, shared_bytes, arguments };
     emulator.launch(&launch).map_err(|error| error.to_string())?;
     Ok(emulator.report())
 }
@@ -93,6 +104,38 @@ fn a_product_of_tiles_is_the_product() {
         }
         assert_eq!((report.matrix_products, report.async_copies, report.async_bytes), (2, 48, 768));
         assert!(report.matrix_conflict_cycles > 0, "rows of 32 bytes lie in few banks: {report:?}");
+    }
+}
+
+#[test]
+fn a_product_of_a_warpgroup_is_the_product_unless_something_is_forgotten() {
+    let emulator = Emulator::hopper(1);
+    for element in ELEMENTS {
+        let (a, b) = (random(element, 64 * 64, 1, 1.0), random(element, 32 * 64, 2, 1.0));
+        let halves = |values: &[f32]| values.iter().map(|&value| element.round(value)).collect::<Vec<_>>();
+        let (a_bytes, b_bytes) =
+            (Bytes::halves(&emulator, &halves(&a)), Bytes::halves(&emulator, &halves(&b)));
+        let kernel = kernel_of(element, ["warpgroup_f16", "warpgroup_bf16"]);
+        let outcome = |fault| {
+            let products = Bytes::words(&emulator, &[u32::MAX; 64 * 32]);
+            let arguments =
+                [a_bytes.argument(), b_bytes.argument(), products.argument(), Argument::U32(fault)];
+            run_source(WARPGROUP, &emulator, kernel, (1, 128), 4096, &arguments)?;
+            let wrong = products.read_words().into_iter().enumerate().filter(|&(index, found)| {
+                let (row, column) = (index / 32, index % 32);
+                let expected: f32 = (0..64).map(|k| a[row * 64 + k] * b[column * 64 + k]).sum();
+                let error = (f32::from_bits(found) - expected).abs();
+                error > 1e-4 || error.is_nan()
+            });
+            Ok::<_, String>(wrong.count())
+        };
+        assert_eq!(outcome(0), Ok(0), "{element}");
+        assert!(outcome(1).unwrap_err().contains("no shared_proxy_fence"));
+        assert_eq!(outcome(2), Ok(64 * 32), "without a wait all sums are NaN");
+        assert!(outcome(3).unwrap_err().contains("while a product read them"));
+        assert!(outcome(4).unwrap() > 0, "registers are read as late as the wait");
+        assert!(outcome(5).unwrap_err().contains("no warpgroup_fence"));
+        assert!(outcome(6).unwrap_err().contains("race in shared memory"));
     }
 }
 
@@ -200,6 +243,25 @@ fn the_last_block_to_come_sees_what_the_others_wrote() {
 }
 
 #[test]
+fn what_a_block_wrote_is_anothers_only_after_a_fence_and_an_atomic() {
+    let emulator = Emulator::new(1);
+    let words = || Bytes::words(&emulator, &[0; 2]);
+    let forgotten = ["no device_fence and atomic", "no device_fence and atomic", "first-level cache", ""];
+    for (step, message) in forgotten.into_iter().enumerate() {
+        let (partial, counter, total) = (words(), words(), words());
+        let arguments =
+            [partial.argument(), counter.argument(), total.argument(), Argument::U32(step as u32)];
+        match run(&emulator, "last_block_without", (2, 32), 0, &arguments) {
+            Ok(_) => assert_eq!(message, "", "step {step} was not missed"),
+            Err(error) => assert!(!message.is_empty() && error.contains(message), "step {step}: {error}"),
+        }
+    }
+    let memory = Bytes::words(&emulator, &[0; 64]);
+    let error = run(&emulator, "faulty", (2, 64), 256, &[memory.argument(), Argument::U32(16)]).unwrap_err();
+    assert!(error.contains("no device_fence and atomic"), "{error}");
+}
+
+#[test]
 fn arguments_of_all_kinds_arrive_in_order() {
     let emulator = Emulator::new(1);
     let output = Bytes::words(&emulator, &[0; 16]);
@@ -243,6 +305,10 @@ fn every_fault_is_named_whatever_the_order() {
         (10, "outside of device memory"),
         (11, "the block does not end"),
         (12, "race in shared memory"),
+        (13, "race in global memory"),
+        (14, "race in global memory"),
+        (15, "race in global memory"),
+        (16, ""),
     ];
     for (fault, message) in faults {
         for seed in 0..3 {

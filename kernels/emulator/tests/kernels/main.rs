@@ -13,9 +13,10 @@ mod paged_attention;
 mod rms_norm;
 mod rotary_embedding;
 mod silu_mul;
+mod w4a16_matmul;
 
 /// All suites.
-const SUITES: [lab::Suite; 7] = [
+const SUITES: [lab::Suite; 8] = [
     dense_matmul::SUITE,
     embedding::SUITE,
     gather_rows::SUITE,
@@ -23,4 +24,5 @@ const SUITES: [lab::Suite; 7] = [
     rms_norm::SUITE,
     rotary_embedding::SUITE,
     silu_mul::SUITE,
+    w4a16_matmul::SUITE,
 ];

@@ -24,6 +24,7 @@
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 1 (forward); Kwon et al., "PagedAttention", 2023.
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 pub mod reference;
