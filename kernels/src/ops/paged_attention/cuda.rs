@@ -9,7 +9,7 @@ use super::{Args, PagedAttention};
 use crate::device::cuda::driver::{Address, Argument, Launch, Properties, Source};
 use crate::device::cuda::{Cuda, CudaBuffer, CudaIndices, Element, WORKSPACE_BYTES};
 use crate::error::KernelError;
-use crate::ops::{entry_point, word};
+use crate::ops::word;
 
 const NAME: &str = "paged_attention";
 
@@ -54,34 +54,46 @@ impl BlockSize {
     }
 }
 
-/// The kernels of one head size: they are compiled alone, as a model has one.
+/// The kernels of one head size and element: they are compiled alone, as a model has one of each.
 #[derive(Clone, Copy, Debug)]
 struct Kernels {
     head_dim: usize,
+    element: Element,
     source: Source,
-    /// For F16 and BF16, for each of [`COLUMNS`].
-    attention: [[&'static str; 2]; 3],
+    /// For each of [`COLUMNS`].
+    attention: [&'static str; 3],
+    combine: &'static str,
 }
 
 macro_rules! kernels {
-    ($($head_dim:literal)*) => {
-        [$(Kernels {
+    ($head_dim:literal, $element:ident, $name:literal) => {
+        Kernels {
             head_dim: $head_dim,
+            element: Element::$element,
             source: Source {
                 name: NAME,
-                text: concat!("#define NIBBLE_HEAD_DIM ", $head_dim, "\n", include_str!("kernel.cu")),
+                text: concat!(
+                    "#define NIBBLE_HEAD_DIM ", $head_dim, "\n",
+                    "#define NIBBLE_ELEMENT ", stringify!($element), "\n",
+                    "#define NIBBLE_ELEMENT_NAME ", $name, "\n",
+                    include_str!("kernel.cu")
+                ),
             },
             attention: [
-                [concat!("paged_attention_f16_", $head_dim, "_8"), concat!("paged_attention_bf16_", $head_dim, "_8")],
-                [concat!("paged_attention_f16_", $head_dim, "_32"), concat!("paged_attention_bf16_", $head_dim, "_32")],
-                [concat!("paged_attention_f16_", $head_dim, "_64"), concat!("paged_attention_bf16_", $head_dim, "_64")],
+                concat!("paged_attention_", $name, "_", $head_dim, "_8"),
+                concat!("paged_attention_", $name, "_", $head_dim, "_32"),
+                concat!("paged_attention_", $name, "_", $head_dim, "_64"),
             ],
-        }),*]
+            combine: concat!("paged_attention_combine_", $name, "_", $head_dim),
+        }
+    };
+    ($($head_dim:literal)*) => {
+        [$(kernels!($head_dim, F16, "f16"), kernels!($head_dim, BF16, "bf16")),*]
     };
 }
-const KERNELS: [Kernels; 9] = kernels!(16 32 64 80 96 112 128 160 256);
+const KERNELS: [Kernels; 18] = kernels!(16 32 64 80 96 112 128 160 256);
 
-/// The kernels of every head size that there are kernels for.
+/// The kernels of every head size and element that there are kernels for.
 pub const SOURCES: [Source; KERNELS.len()] = {
     let mut sources = [KERNELS[0].source; KERNELS.len()];
     let mut index = 0;
@@ -92,9 +104,9 @@ pub const SOURCES: [Source; KERNELS.len()] = {
     sources
 };
 
-fn kernels(head_dim: usize) -> Result<&'static Kernels, KernelError> {
+fn kernels(head_dim: usize, element: Element) -> Result<&'static Kernels, KernelError> {
     const REQUIREMENT: &str = "has no CUDA kernel: 16, 32, 64, 80, 96, 112, 128, 160 and 256 have";
-    let kernels = KERNELS.iter().find(|kernels| kernels.head_dim == head_dim);
+    let kernels = KERNELS.iter().find(|kernels| kernels.head_dim == head_dim && kernels.element == element);
     kernels.ok_or_else(|| KernelError::Value {
         operation: NAME,
         argument: "head_dim",
@@ -193,7 +205,7 @@ fn launches(
     element: Element,
     addresses: &Addresses,
 ) -> Result<ArrayVec<Launch, 2>, KernelError> {
-    let &Kernels { source, attention, .. } = kernels(shape.head_dim)?;
+    let &Kernels { source, attention, combine, .. } = kernels(shape.head_dim, element)?;
     let mut launches = ArrayVec::new();
     let size = COLUMNS[plan.size];
     let count = |argument, count| word(NAME, argument, count).map(Argument::U32);
@@ -202,7 +214,7 @@ fn launches(
     let score_scale = std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt();
     launches.push(Launch {
         source,
-        kernel: entry_point(element, attention[plan.size]),
+        kernel: attention[plan.size],
         grid: [plan.column_blocks, shape.kv_heads, plan.splits].map(|size| size as u32),
         block: size.threads() as u32,
         shared_bytes: size.shared_bytes(shape.head_dim) as u32,
@@ -228,7 +240,7 @@ fn launches(
     if plan.splits > 1 {
         launches.push(Launch {
             source,
-            kernel: entry_point(element, ["paged_attention_combine_f16", "paged_attention_combine_bf16"]),
+            kernel: combine,
             grid: [plan.column_blocks as u32, shape.kv_heads as u32, 1],
             block: 256,
             shared_bytes: 0,
@@ -389,7 +401,7 @@ mod tests {
         let [attention, combine] =
             launches(&shape, plan, Element::BF16, &addresses).unwrap().into_inner().expect("two launches");
         assert_eq!((attention.kernel, attention.grid), ("paged_attention_bf16_128_8", [2, 8, 2]));
-        assert_eq!((combine.kernel, combine.grid), ("paged_attention_combine_bf16", [2, 8, 1]));
+        assert_eq!((combine.kernel, combine.grid), ("paged_attention_combine_bf16_128", [2, 8, 1]));
         let statistics = Argument::Address(256 + 2 * 2 * 64 * 128 * 4);
         assert_eq!((attention.arguments[7], combine.arguments[1]), (statistics, statistics));
         assert!(attention.source.text.starts_with("#define NIBBLE_HEAD_DIM 128\n"));

@@ -588,36 +588,38 @@ NIBBLE_DEVICE void combine(Partials partials, const u32* sequences, u16* output,
     }
 }
 
-#define ATTENTION(name, element, head_dim, n, groups, blocks)                                                         \
-    NIBBLE_KERNEL(128 * groups, blocks)                                                                               \
-    name(const u16* query, const u16* key_cache, const u16* value_cache, const u32* sequences,                        \
-         const u32* block_tables, u16* output, float* partial_outputs, float* partial_statistics, u32 rows,           \
-         u32 sequence_count, u32 heads, u32 kv_heads, u32 window, float scale) {                                      \
-        attention<element, head_dim, n, groups>({query, key_cache, value_cache, sequences, block_tables, output,      \
-                                                 {partial_outputs, partial_statistics, rows, heads}, sequence_count,  \
-                                                 kv_heads, window, scale});                                           \
-    }
-
-// paged_attention_<element>_<head_dim>_<columns of a block>, and the combine kernel. The host defines the head size: a
-// model has one, and all of them would take a while to compile.
-#define ATTENTION_SIZES(element, name, head_dim)                                    \
-    ATTENTION(paged_attention_##name##_##head_dim##_8, element, head_dim, 1, 1, 2)  \
-    ATTENTION(paged_attention_##name##_##head_dim##_32, element, head_dim, 4, 1, 2) \
-    ATTENTION(paged_attention_##name##_##head_dim##_64, element, head_dim, 4, 2, 1)
-
-#define ATTENTION_ELEMENT(element, name, head_dim)                                                                    \
-    ATTENTION_SIZES(element, name, head_dim)                                                                          \
-    NIBBLE_KERNEL(256, 4)                                                                                             \
-    paged_attention_combine_##name(const float* partial_outputs, const float* partial_statistics,                     \
-                                   const u32* sequences, u16* output, u32 rows, u32 sequence_count, u32 heads,        \
-                                   u32 kv_heads, u32 window, u32 block_columns) {                                     \
-        combine<element, head_dim>(                                                                                   \
-            {const_cast<float*>(partial_outputs), const_cast<float*>(partial_statistics), rows, heads}, sequences,    \
-            output, sequence_count, kv_heads, window, block_columns);                                                 \
-    }
-
+// paged_attention_<element>_<head_dim>_<columns of a block>, and the combine kernel. The host defines the element, its name
+// and the head size: a model has one of each, and all of them would take a while to compile.
 #ifndef NIBBLE_HEAD_DIM
+#define NIBBLE_ELEMENT F16
+#define NIBBLE_ELEMENT_NAME f16
 #define NIBBLE_HEAD_DIM 128
 #endif
-ATTENTION_ELEMENT(F16, f16, NIBBLE_HEAD_DIM)
-ATTENTION_ELEMENT(BF16, bf16, NIBBLE_HEAD_DIM)
+
+#define ATTENTION(name, element, head_dim, n, groups, blocks)                                                        \
+    NIBBLE_KERNEL(128 * groups, blocks)                                                                              \
+    name(const u16* query, const u16* key_cache, const u16* value_cache, const u32* sequences,                       \
+         const u32* block_tables, u16* output, float* partial_outputs, float* partial_statistics, u32 rows,          \
+         u32 sequence_count, u32 heads, u32 kv_heads, u32 window, float scale) {                                     \
+        attention<element, head_dim, n, groups>({query, key_cache, value_cache, sequences, block_tables, output,     \
+                                                 {partial_outputs, partial_statistics, rows, heads}, sequence_count, \
+                                                 kv_heads, window, scale});                                          \
+    }
+
+#define COMBINE(name, element, head_dim)                                                                             \
+    NIBBLE_KERNEL(256, 4)                                                                                            \
+    name(const float* partial_outputs, const float* partial_statistics, const u32* sequences, u16* output, u32 rows, \
+         u32 sequence_count, u32 heads, u32 kv_heads, u32 window, u32 block_columns) {                               \
+        combine<element, head_dim>(                                                                                  \
+            {const_cast<float*>(partial_outputs), const_cast<float*>(partial_statistics), rows, heads}, sequences,   \
+            output, sequence_count, kv_heads, window, block_columns);                                                \
+    }
+
+#define KERNELS_NAMED(name, element, head_dim)                                    \
+    ATTENTION(paged_attention_##name##_##head_dim##_8, element, head_dim, 1, 1, 2)  \
+    ATTENTION(paged_attention_##name##_##head_dim##_32, element, head_dim, 4, 1, 2) \
+    ATTENTION(paged_attention_##name##_##head_dim##_64, element, head_dim, 4, 2, 1) \
+    COMBINE(paged_attention_combine_##name##_##head_dim, element, head_dim)
+// Once more, so that the arguments are replaced by what they stand for before they become parts of names.
+#define KERNELS(name, element, head_dim) KERNELS_NAMED(name, element, head_dim)
+KERNELS(NIBBLE_ELEMENT_NAME, NIBBLE_ELEMENT, NIBBLE_HEAD_DIM)
