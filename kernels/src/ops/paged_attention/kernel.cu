@@ -23,8 +23,8 @@
 // read, keys in the middle of a tile and values after it: about 3 of 4 buffers are always under way.
 //
 // Limit, decode with 8 heads of 128 (sm_80, counted in the machine code): 32 KB a tile take 3200 cycles of an A100's
-// multiprocessor at 1555 GB/s; its 64 mma take 128, its ldmatrix 290, and its 4 warps of 330 instructions 330 issue slots
-// of each scheduler: memory binds. Two blocks to a multiprocessor (118 registers, 71 KB) keep about 100 KB under way.
+// multiprocessor at 1555 GB/s; its 64 mma take 128, its ldmatrix 290, and its 4 warps of 330 instructions 330 issue
+// slots of each scheduler: memory binds. Two blocks to a multiprocessor (118 registers, 71 KB) keep about 100 KB under way.
 // Limit, prompts: 64 columns and a tile take 1024 tensor cycles and 1070 issue slots (8 warps of 534 instructions, one
 // block to a multiprocessor): both bind, and barriers add to them.
 #include "common.cuh"
@@ -588,8 +588,8 @@ NIBBLE_DEVICE void combine(Partials partials, const u32* sequences, u16* output,
     }
 }
 
-// paged_attention_<element>_<head_dim>_<columns of a block>, and the combine kernel. The host defines the element, its name
-// and the head size: a model has one of each, and all of them would take a while to compile.
+// paged_attention_<element>_<head_dim>_<columns of a block>, and the combine kernel. The host defines the element, its
+// name and the head size: a model has one of each, and all of them would take a while to compile.
 #ifndef NIBBLE_HEAD_DIM
 #define NIBBLE_ELEMENT F16
 #define NIBBLE_ELEMENT_NAME f16
