@@ -13,7 +13,7 @@ const HEADERS: [(&str, &str); 3] = [
     ("cuda_emulator.h", include_str!("../cuda_emulator.h")),
     ("warpgroup_emulator.h", include_str!("../warpgroup_emulator.h")),
 ];
-const RUNTIME: [(&str, &str); 10] = [
+const RUNTIME: [(&str, &str); 11] = [
     ("async_copy.h", include_str!("../runtime/async_copy.h")),
     ("collectives.h", include_str!("../runtime/collectives.h")),
     ("conflicts.h", include_str!("../runtime/conflicts.h")),
@@ -24,11 +24,12 @@ const RUNTIME: [(&str, &str); 10] = [
     ("memory.h", include_str!("../runtime/memory.h")),
     ("shadow.h", include_str!("../runtime/shadow.h")),
     ("warpgroup.h", include_str!("../runtime/warpgroup.h")),
+    ("warpgroup_state.h", include_str!("../runtime/warpgroup_state.h")),
 ];
 const RUNTIME_SOURCE: (&str, &str) = ("runtime.cpp", include_str!("../runtime/runtime.cpp"));
 
 const FLAGS: [&str; 6] =
-    ["-std=c++20", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"];
+    ["-std=c++20", "-O2", "-march=x86-64-v3", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"];
 /// Reports each load and store to the runtime; the second part leaves out calls at every function's begin and end.
 const REPORT_ACCESSES: [&str; 3] = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"];
 

@@ -8,6 +8,7 @@ mod gather_rows;
 mod lab;
 mod machine;
 mod mutations;
+mod refusals;
 mod rms_norm;
 mod rotary_embedding;
 mod silu_mul;
