@@ -20,7 +20,9 @@ void nibble_async_copy(void* shared, const void* global, uint32_t bytes, bool va
     if (const Access* other = m.shadow.write(offset, bytes, accessor(), true)) {
         fail_race("copies", offset, bytes, *other);
     }
-    m.current_warp().log.add(__builtin_return_address(0), m.current_lane(), offset, bytes);
+    AccessLog& log = m.current_warp().log;
+    log.add(__builtin_return_address(0), false, m.current_lane(), offset, bytes);
+    if (valid) log.add(__builtin_return_address(0), true, m.current_lane(), number(global), bytes);
     memset(shared, 0xff, bytes);
     m.report->async_copies++;
     m.current->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes, valid});

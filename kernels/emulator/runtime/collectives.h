@@ -33,7 +33,7 @@ static void exchange(Warp& warp) {
 static void read_rows(Warp& warp, u32 matrices, u16 (&rows)[WARP][8]) {
     Machine& m = *machine();
     require_whole_warp(warp, "a load of matrices");
-    u32 offsets[WARP];
+    u64 offsets[WARP];
     Accessor who = accessor();
     for (u32 lane = 0; lane < matrices * 8; lane++) {
         const u8* row = warp.slots[lane].row;

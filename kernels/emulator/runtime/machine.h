@@ -184,7 +184,7 @@ static void run_another() {
         fail("the warp has diverged: lanes %08x are at a warp's collective, %08x at a block barrier, %08x have ended",
              warp.at_collective, warp.at_barrier, warp.ended);
     }
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
+    warp.log.flush(*m.report);
     if (Warp* other = random_warp(m)) return run_warp(*other);
     if (m.waiting) {
         fail("%u threads wait at a block barrier, %u threads of the block have ended", m.waiting, m.ended);
@@ -208,7 +208,7 @@ static void join(Collective collective) {
         return run_another();
     }
     warp.at_collective = 0;
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
+    warp.log.flush(*m.report);
     collective(warp);
     warp.runnable = warp.all();
     if (m.random(16) == 0) run_warp(*random_warp(m));

@@ -139,11 +139,13 @@ __attribute__((always_inline)) inline void access(const void* pointer, u32 size,
         u32 offset = shared_offset(pointer, size, what);
         const Access* other = store ? m->shadow.write(offset, size, accessor()) : m->shadow.read(offset, size, accessor());
         if (other) fail_race(what, offset, size, *other);
-        if (size <= 16) m->current_warp().log.add(instruction, m->current_lane(), offset, size);
+        if (size <= 16) m->current_warp().log.add(instruction, false, m->current_lane(), offset, size);
         return;
     }
     check_global(pointer, size, kind, what);
-    if (size <= 16) (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
+    if (size > 16) return;
+    (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
+    m->current_warp().log.add(instruction, true, m->current_lane(), number(pointer), size);
 }
 
 static Words load_words(const void* from, const void* instruction, Global kind) {

@@ -122,7 +122,7 @@ void nibble_block_barrier() {
     m.waiting = 0;
     m.report->block_barriers++;
     m.shadow.pass_block_barrier();
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
+    warp.log.flush(*m.report);
     for (u32 i = 0; i < m.warp_count(); i++) {
         m.warps[i].at_barrier = 0;
         m.warps[i].runnable = m.warps[i].all();
