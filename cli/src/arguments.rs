@@ -30,6 +30,9 @@ enum Command {
     /// Measure speed.
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
+    /// Compile the kernels of cards, and check them.
+    #[command(subcommand)]
+    Kernels(commands::kernels::KernelsCommand),
 }
 
 impl Arguments {
@@ -43,6 +46,7 @@ impl Arguments {
             Command::Serve(arguments) => commands::serve::run(arguments),
             Command::Generate(arguments) => commands::generate::run(arguments),
             Command::Bench(command) => commands::bench::run(command),
+            Command::Kernels(command) => commands::kernels::run(command),
         }
     }
 }

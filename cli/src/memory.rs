@@ -11,6 +11,8 @@ use nibble_model::forward::{BLOCK_SIZE, Spill, kv_block_bytes};
 const DEFAULT_KV_CACHE_BYTES: u64 = 4 << 30;
 /// The part of the free memory that the KV cache takes at most unless told otherwise.
 const DEFAULT_KV_CACHE_PART: u64 = 4;
+/// What is left free on a card beside weights and KV cache: activations, logits, and the driver's own.
+const CARD_RESERVE_BYTES: u64 = 2 << 30;
 
 /// Hidden states of an evaluation that are held in memory; more of them go to a file.
 const HIDDEN_STATES_BYTES: u64 = 2 << 30;
@@ -21,17 +23,31 @@ pub(crate) fn spill(directory: &Path) -> Spill {
     Spill { memory_bytes: HIDDEN_STATES_BYTES, directory: directory.to_owned() }
 }
 
+/// What the KV cache takes at most in the machine's memory, `free` bytes of it free, unless told otherwise.
+pub(crate) fn host_kv_cache_bytes(free: Option<u64>) -> u64 {
+    DEFAULT_KV_CACHE_BYTES.min(free.map_or(u64::MAX, |bytes| bytes / DEFAULT_KV_CACHE_PART))
+}
+
+/// What the KV cache takes at most on a card with `free` bytes, beside weights of `weights` bytes, unless told
+/// otherwise.
+pub(crate) fn card_kv_cache_bytes(free: u64, weights: u64) -> u64 {
+    let beside = free.saturating_sub(weights).saturating_sub(CARD_RESERVE_BYTES);
+    beside / 20 * 19
+}
+
 /// What a server asks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MemoryWishes {
-    /// Bytes of the KV cache; absent: enough for all sequences, within a part of the free memory.
+    /// Bytes of the KV cache; absent: enough for all sequences, within `default_kv_cache_bytes`.
     pub(crate) kv_cache_bytes: Option<u64>,
+    /// Most bytes of a KV cache that nobody asked for.
+    pub(crate) default_kv_cache_bytes: u64,
+    /// Bytes of an activation on the device.
+    pub(crate) activation_bytes: usize,
     /// The longest sequence; absent: what the model was made for, or less if the cache is smaller.
     pub(crate) max_model_len: Option<usize>,
     /// Sequences that run at once.
     pub(crate) max_num_seqs: usize,
-    /// Free memory of the machine in bytes, if known.
-    pub(crate) free_bytes: Option<u64>,
 }
 
 /// Where the memory goes.
@@ -57,13 +73,12 @@ impl MemoryPlan {
             (2..=model_len).contains(&wanted_len),
             "--max-model-len is {wanted_len}, expected from 2 to {model_len}, what the model was made for"
         );
-        let block_bytes = kv_block_bytes(config);
+        let block_bytes = kv_block_bytes(config, wishes.activation_bytes);
         let blocks_of_sequence = wanted_len.div_ceil(BLOCK_SIZE);
         let blocks = match wishes.kv_cache_bytes {
             Some(bytes) => usize::try_from(bytes / block_bytes as u64)?,
             None => {
-                let part_of_free = wishes.free_bytes.map_or(u64::MAX, |bytes| bytes / DEFAULT_KV_CACHE_PART);
-                let bytes = DEFAULT_KV_CACHE_BYTES.min(part_of_free);
+                let bytes = wishes.default_kv_cache_bytes;
                 let of_all_sequences = blocks_of_sequence.saturating_mul(wishes.max_num_seqs);
                 of_all_sequences.min(usize::try_from(bytes / block_bytes as u64)?)
             }
@@ -162,7 +177,13 @@ mod tests {
     }
 
     fn wishes() -> MemoryWishes {
-        MemoryWishes { kv_cache_bytes: None, max_model_len: None, max_num_seqs: 4, free_bytes: None }
+        MemoryWishes {
+            kv_cache_bytes: None,
+            default_kv_cache_bytes: host_kv_cache_bytes(None),
+            activation_bytes: 4,
+            max_model_len: None,
+            max_num_seqs: 4,
+        }
     }
 
     /// Keys and values of 2 layers, 64 floats for each of the tokens of a block.
@@ -179,10 +200,19 @@ mod tests {
 
     #[test]
     fn little_free_memory_shortens_the_sequences_and_says_so() {
-        let free_bytes = Some(4 * 10 * BLOCK_BYTES as u64);
-        let plan = MemoryPlan::new(&config(), MemoryWishes { free_bytes, ..wishes() }).unwrap();
+        let default_kv_cache_bytes = host_kv_cache_bytes(Some(4 * 10 * BLOCK_BYTES as u64));
+        let plan = MemoryPlan::new(&config(), MemoryWishes { default_kv_cache_bytes, ..wishes() }).unwrap();
         assert_eq!(plan.kv_blocks, 10);
         assert_eq!((plan.max_model_len, plan.shortened_from), (10 * BLOCK_SIZE, Some(1000)));
+    }
+
+    #[test]
+    fn a_card_gives_the_cache_what_the_weights_leave() {
+        let gib = 1_u64 << 30;
+        assert_eq!(card_kv_cache_bytes(80 * gib, 38 * gib), 38 * gib);
+        assert_eq!(card_kv_cache_bytes(16 * gib, 38 * gib), 0);
+        let of_halves = MemoryWishes { activation_bytes: 2, ..wishes() };
+        assert_eq!(MemoryPlan::new(&config(), of_halves).unwrap().kv_block_bytes, BLOCK_BYTES / 2);
     }
 
     #[test]

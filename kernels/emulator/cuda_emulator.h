@@ -90,6 +90,9 @@ NIBBLE_DEVICE float shuffle(float value, u32 lane) { return emulator_float(nibbl
 NIBBLE_DEVICE void async_copy_16(void* shared, const void* global, bool valid = true) {
     nibble_async_copy(shared, global, 16, valid);
 }
+NIBBLE_DEVICE void async_copy_16_ahead(void* shared, const void* global, bool valid = true) {
+    nibble_async_copy(shared, global, 16, valid);
+}
 NIBBLE_DEVICE void async_copy_8(void* shared, const void* global, bool valid = true) {
     nibble_async_copy(shared, global, 8, valid);
 }
@@ -142,6 +145,9 @@ NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) {
 NIBBLE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 NIBBLE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 NIBBLE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
+
+NIBBLE_DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+NIBBLE_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 struct alignas(16) Words4 {
     u32 x, y, z, w;

@@ -12,13 +12,13 @@ use crate::tensor::{DenseMatrix, QuantizedMatrix};
 /// that a device may record a whole step once and replay it.
 pub trait Device {
     /// Activations, in the device's activation type. Rows are contiguous.
-    type Buffer: Length;
+    type Buffer: Length + Send;
     /// Unsigned words: token ids, positions, block tables.
-    type Indices: Length;
+    type Indices: Length + Send;
     /// A quantized weight matrix, packed for the device.
-    type PackedMatrix: MatrixShape;
+    type PackedMatrix: MatrixShape + Send;
     /// A dense weight matrix, packed for the device.
-    type DenseMatrix: MatrixShape;
+    type DenseMatrix: MatrixShape + Send;
 
     /// A zeroed buffer of `elements` activations.
     ///
@@ -71,6 +71,12 @@ pub trait Device {
     /// # Errors
     /// When the device has not enough memory.
     fn copy_quantized(&self, matrix: &Self::PackedMatrix) -> Result<Self::PackedMatrix, KernelError>;
+
+    /// A second matrix with the values of `matrix`, copied on the device.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    fn copy_dense(&self, matrix: &Self::DenseMatrix) -> Result<Self::DenseMatrix, KernelError>;
 
     /// Bits to which a dense output head is rounded when the rest of the model is quantized; none to keep it.
     fn output_head_bits(&self) -> Option<u32>;

@@ -1,6 +1,7 @@
 //! Device memory and every numeric operation of Nibble. Knows tensors, not models.
 
 pub mod backend;
+pub mod check;
 pub mod device;
 mod error;
 pub mod ops;

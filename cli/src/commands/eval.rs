@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
+use nibble_kernels::Backend;
 use nibble_kernels::device::cpu::Activations;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, evaluate, evaluate_streamed};
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use crate::device::{ModelArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, Work, load, open_checkpoint};
 use crate::memory::spill;
 use crate::output::{Progress, print_json};
 
@@ -52,7 +53,10 @@ pub(crate) fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let tokens = tokenizer.encode(&text, false)?;
     let reference = arguments.reference.as_deref().map(open_checkpoint).transpose()?;
-    let result = score(arguments, &checkpoint, reference.as_ref(), &tokens)?;
+    // What is measured is the weights, as other programs measure them.
+    let device = arguments.run.device_or(checkpoint.config().float_type, Activations::Float)?;
+    let reference = reference.as_ref();
+    let result = device.run(Score { arguments, checkpoint: &checkpoint, reference, tokens: &tokens })?;
     let seconds = started.elapsed().as_secs_f64();
     if arguments.json {
         let mut report = json!({
@@ -80,28 +84,45 @@ pub(crate) fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn score(
-    arguments: &EvalArguments,
-    checkpoint: &Checkpoint,
-    reference: Option<&Checkpoint>,
-    tokens: &[u32],
-) -> anyhow::Result<Evaluation> {
-    // What is measured is the weights, as other programs measure them.
-    let cpu = || arguments.run.cpu_or(Activations::Float);
-    let options = WindowOptions { window: arguments.window, windows: arguments.windows };
-    let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
-    if arguments.low_memory {
-        let spill = spill(&std::env::temp_dir());
-        let mut progress = |progress: StreamedProgress| {
-            bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");
-        };
-        return Ok(evaluate_streamed(cpu(), checkpoint, reference, tokens, options, &spill, &mut progress)?);
+/// The evaluation itself.
+struct Score<'a> {
+    arguments: &'a EvalArguments,
+    checkpoint: &'a Checkpoint,
+    reference: Option<&'a Checkpoint>,
+    tokens: &'a [u32],
+}
+
+impl Work for Score<'_> {
+    type Output = Evaluation;
+
+    fn run<B: Backend + Send + 'static>(
+        self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<Evaluation> {
+        let Self { arguments, checkpoint, reference, tokens } = self;
+        let options = WindowOptions { window: arguments.window, windows: arguments.windows };
+        let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
+        if arguments.low_memory {
+            let spill = spill(&std::env::temp_dir());
+            let mut progress = |progress: StreamedProgress| {
+                bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");
+            };
+            return Ok(evaluate_streamed(
+                open()?,
+                checkpoint,
+                reference,
+                tokens,
+                options,
+                &spill,
+                &mut progress,
+            )?);
+        }
+        let load = |checkpoint| load(checkpoint, open()?, arguments.window);
+        let mut model = load(checkpoint)?;
+        let mut reference = reference.map(load).transpose()?;
+        Ok(evaluate(&mut model, reference.as_mut(), tokens, options, &mut |progress| {
+            let message = format!("perplexity {:.3}", progress.perplexity);
+            bar.update(progress.windows_done as u64, progress.windows as u64, &message);
+        })?)
     }
-    let load = |checkpoint| load(checkpoint, cpu(), arguments.window);
-    let mut model = load(checkpoint)?;
-    let mut reference = reference.map(load).transpose()?;
-    Ok(evaluate(&mut model, reference.as_mut(), tokens, options, &mut |progress| {
-        let message = format!("perplexity {:.3}", progress.perplexity);
-        bar.update(progress.windows_done as u64, progress.windows as u64, &message);
-    })?)
 }

@@ -13,11 +13,12 @@ use nibble_engine::{
 use nibble_model::chat_template::{ChatInputs, ChatTemplate};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::detokenizer::Detokenizer;
+use nibble_kernels::Backend;
 use nibble_model::forward::BLOCK_SIZE;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
-use crate::device::{ModelArguments, load, open_checkpoint};
+use crate::device::{ModelArguments, Work, load, open_checkpoint};
 use crate::output::{print_json, print_text};
 
 /// Arguments of `nibble generate`.
@@ -66,9 +67,8 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     );
     let max_tokens = arguments.max_tokens.min(longest - prompt_tokens);
     let tokens = prompt_tokens + max_tokens;
-    let model = load(&checkpoint, arguments.run.cpu(), tokens)?;
-    let runner = ModelRunner::new(model, tokens.div_ceil(BLOCK_SIZE))?;
-    let engine = Engine::start(Box::new(runner), EngineConfig::default())?;
+    let device = arguments.run.device(checkpoint.config())?;
+    let engine = device.run(StartEngine { checkpoint: &checkpoint, tokens })?;
     let sampling = SamplingParameters {
         max_tokens,
         temperature: arguments.temperature,
@@ -92,6 +92,23 @@ pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
         }));
     }
     print_text("\n")
+}
+
+/// Loads a checkpoint for one sequence and starts an engine on it.
+struct StartEngine<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The longest sequence.
+    tokens: usize,
+}
+
+impl Work for StartEngine<'_> {
+    type Output = Engine;
+
+    fn run<B: Backend + Send + 'static>(self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<Engine> {
+        let model = load(self.checkpoint, open()?, self.tokens)?;
+        let runner = ModelRunner::new(model, self.tokens.div_ceil(BLOCK_SIZE))?;
+        Ok(Engine::start(Box::new(runner), EngineConfig::default())?)
+    }
 }
 
 /// The tokens of the prompt: through the chat template unless the model has none or the user wants none.

@@ -5,5 +5,6 @@ pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod import;
 pub(crate) mod inspect;
+pub(crate) mod kernels;
 pub(crate) mod quantize;
 pub(crate) mod serve;

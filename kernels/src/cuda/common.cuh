@@ -13,6 +13,8 @@ typedef unsigned long long u64;
 #else
 
 #define NIBBLE_DEVICE __device__ __forceinline__
+// Says that the kernels of a source count on blocks starting in the order of their numbers, x first, as cards do.
+#define NIBBLE_BLOCKS_START_IN_ORDER
 // An entry point: `threads` is the largest block it is launched with, `blocks` how many must fit a multiprocessor.
 #define NIBBLE_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
@@ -46,6 +48,15 @@ NIBBLE_DEVICE void device_fence() { __threadfence(); }
 // Adds to a word of global memory and gives what it was before.
 NIBBLE_DEVICE u32 atomic_add(u32* word, u32 value) { return atomicAdd(word, value); }
 
+// Waits until `word` is `value`, which is up to blocks with lower numbers: those start first, so that the wait ends
+// whatever else runs on the device. What they wrote before their device_fence is seen after the caller's own.
+NIBBLE_DEVICE void wait_for_lower_blocks(const u32* word, u32 value) {
+    u32 found;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(found) : "l"(word) : "memory");
+    } while (found != value);
+}
+
 // The value of lane `lane ^ mask`.
 NIBBLE_DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 NIBBLE_DEVICE float shuffle_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -58,6 +69,13 @@ NIBBLE_DEVICE float shuffle(float value, u32 lane) { return __shfl_sync(0xffffff
 // false, and reads nothing then.
 NIBBLE_DEVICE void async_copy_16(void* shared, const void* global, bool valid = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// The same, for memory that is read once from begin to end: has the 256 bytes around it come to the second-level cache.
+NIBBLE_DEVICE void async_copy_16_ahead(void* shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
@@ -121,10 +139,10 @@ NIBBLE_DEVICE u32 logic(u32 a, u32 b, u32 c) {
 // byte i of the result.
 NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
 
-// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits.
+// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
 NIBBLE_DEVICE float exp2_fast(float x) {
     float result;
-    asm("ex2.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
 NIBBLE_DEVICE float rsqrt_fast(float x) {
@@ -137,6 +155,12 @@ NIBBLE_DEVICE float reciprocal_fast(float x) {
     asm("rcp.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
+
+// The larger of two numbers.
+NIBBLE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+
+// a * b + c with one rounding: where two kernels must give the same bits, the compiler must not choose.
+NIBBLE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Sixteen bytes at once. `load_16_read_only` is for memory that no thread of the launch writes.
 struct alignas(16) Words4 {
@@ -151,6 +175,26 @@ NIBBLE_DEVICE Words4 load_16_read_only(const void* from) {
         : "l"(from));
     return words;
 }
+
+// Sixteen bytes that another block may have written in this launch, before this thread's device_fence.
+NIBBLE_DEVICE Words4 load_16_of_other_block(const void* from) {
+    Words4 words;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from)
+                 : "memory");
+    return words;
+}
+// Eight bytes.
+struct alignas(8) Words2 {
+    u32 x, y;
+};
+NIBBLE_DEVICE Words2 load_8(const void* from) { return *static_cast<const Words2*>(from); }
+NIBBLE_DEVICE void store_8(void* to, Words2 words) { *static_cast<Words2*>(to) = words; }
+
+// The bits of a float, and the float of bits.
+NIBBLE_DEVICE u32 float_bits(float value) { return __float_as_uint(value); }
+NIBBLE_DEVICE float bits_float(u32 bits) { return __uint_as_float(bits); }
 
 // IEEE half precision. A word holds two elements, the first in its low half.
 struct F16 {

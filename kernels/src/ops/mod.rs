@@ -14,6 +14,7 @@ pub mod w4a16_matmul;
 
 use crate::backend::Length;
 use crate::device::cuda::Element;
+use crate::device::cuda::driver::Source;
 use crate::error::KernelError;
 
 /// Checks that a buffer holds at least `needed` elements.
@@ -54,4 +55,19 @@ fn entry_point(element: Element, kernels: [&'static str; 2]) -> &'static str {
         Element::F16 => kernels[0],
         Element::BF16 => kernels[1],
     }
+}
+
+/// The CUDA sources of every operation.
+pub fn cuda_sources() -> Vec<Source> {
+    let mut sources = vec![
+        dense_matmul::cuda::SOURCE,
+        embedding::cuda::SOURCE,
+        gather_rows::cuda::SOURCE,
+        rms_norm::cuda::SOURCE,
+        rotary_embedding::cuda::SOURCE,
+        silu_mul::cuda::SOURCE,
+    ];
+    sources.extend(paged_attention::cuda::sources());
+    sources.extend(w4a16_matmul::cuda::SOURCES);
+    sources
 }

@@ -202,13 +202,25 @@ impl<B: Backend> DecoderLayer<B> {
         backend: &B,
         checkpoint: &Checkpoint,
         index: usize,
-        mut linear: impl FnMut(LinearRole) -> Result<Linear<B>, E>,
+        linear: impl FnMut(LinearRole) -> Result<Linear<B>, E>,
     ) -> Result<Self, E> {
-        let config = checkpoint.config();
         let norm = |name: &str, length: usize| -> Result<B::Buffer, ModelError> {
             let values = checkpoint.vector(&norm_name(index, name), length)?;
             Ok(upload(backend, &values)?)
         };
+        Self::build(checkpoint.config(), norm, linear)
+    }
+
+    /// Makes a layer whose norms, by the last part of their names and their lengths, come from `norm` and whose linear
+    /// layers come from `linear`.
+    ///
+    /// # Errors
+    /// Those of `norm` and `linear`.
+    pub(super) fn build<E: From<ModelError>>(
+        config: &ModelConfig,
+        norm: impl Fn(&str, usize) -> Result<B::Buffer, ModelError>,
+        mut linear: impl FnMut(LinearRole) -> Result<Linear<B>, E>,
+    ) -> Result<Self, E> {
         let head_norms = if config.query_key_norm {
             Some(HeadNorms {
                 query: norm(QUERY_NORM, config.head_dim)?,
@@ -388,6 +400,8 @@ impl<B: Backend> DecoderLayer<B> {
             output: &mut activations.attention,
             sequence_count: step.sequence_count,
             rows,
+            longest: step.longest,
+            longest_rows: step.longest_rows,
             heads,
             kv_heads,
             head_dim,

@@ -92,6 +92,18 @@ impl<B: Backend> Linear<B> {
         Ok(Self { weight: Weight::Dense(backend.pack_dense(name, weight)?), bias: None })
     }
 
+    /// A layer whose weight is a copy of this one's, with a bias of its own.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub(crate) fn copy(&self, backend: &B, bias: Option<B::Buffer>) -> Result<Self, KernelError> {
+        let weight = match &self.weight {
+            Weight::Dense(matrix) => Weight::Dense(backend.copy_dense(matrix)?),
+            Weight::Quantized(matrix) => Weight::Quantized(backend.copy_quantized(matrix)?),
+        };
+        Ok(Self { weight, bias })
+    }
+
     /// The dense weight, if this layer has one: the embedding table of a model with tied embeddings.
     pub(crate) fn dense(&self) -> Option<&B::DenseMatrix> {
         match &self.weight {

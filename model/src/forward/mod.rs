@@ -12,6 +12,7 @@ mod layer_runner;
 mod linear;
 mod model;
 mod output_stage;
+mod random;
 mod rotary;
 mod step;
 mod streamed;

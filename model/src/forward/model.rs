@@ -8,7 +8,7 @@ use super::ModelError;
 use super::batch::{Batch, Logits};
 use super::decoder_layer::{Activations, DecoderLayer, LayerCache, LayerContext};
 use super::linear::Linear;
-use super::output_stage::{OutputStage, load_output_head};
+use super::output_stage::{FinalNorm, OutputStage, load_output_head};
 use super::rotary::RotaryTables;
 use super::step::{BatchLimits, Step};
 use super::streamed::EMBEDDING;
@@ -30,9 +30,17 @@ pub struct Model<B: Backend> {
 }
 
 /// The embedding table, or that the output head is it.
-enum Table<B: Backend> {
+pub(super) enum Table<B: Backend> {
     Own(B::DenseMatrix),
     Head,
+}
+
+/// Every weight of a model on a device.
+pub(super) struct Weights<B: Backend> {
+    pub(super) embedding: Table<B>,
+    pub(super) layers: Vec<DecoderLayer<B>>,
+    pub(super) final_norm: FinalNorm<B>,
+    pub(super) head: Linear<B>,
 }
 
 /// The keys and values of every layer.
@@ -41,10 +49,10 @@ pub struct KvCache<B: Backend> {
     blocks: usize,
 }
 
-/// Bytes that a KV block takes in all layers of a model; elements are 32-bit floats.
-pub fn kv_block_bytes(config: &ModelConfig) -> usize {
+/// Bytes that a KV block takes in all layers of a model on a device whose activations have `activation_bytes` bytes.
+pub fn kv_block_bytes(config: &ModelConfig, activation_bytes: usize) -> usize {
     let elements = paged_attention::cache_elements(1, config.kv_heads, config.head_dim);
-    2 * elements * size_of::<f32>() * config.layers
+    2 * elements * activation_bytes * config.layers
 }
 
 impl<B: Backend> KvCache<B> {
@@ -61,7 +69,7 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// When a tensor is missing or malformed, or the device has no kernel for it.
     pub fn load(backend: B, checkpoint: &Checkpoint, max_positions: usize) -> Result<Self, ModelError> {
-        let config = checkpoint.config().clone();
+        let config = checkpoint.config();
         paged_attention::check_heads(config.heads, config.kv_heads, config.head_dim)?;
         let head = load_output_head(&backend, checkpoint)?;
         let embedding = if config.tie_word_embeddings && head.dense().is_some() {
@@ -74,14 +82,30 @@ impl<B: Backend> Model<B> {
         let layers = (0..config.layers)
             .map(|index| DecoderLayer::load(&backend, checkpoint, index))
             .collect::<Result<_, _>>()?;
+        let final_norm = FinalNorm::load(&backend, checkpoint)?;
+        let weights = Weights { embedding, layers, final_norm, head };
+        Ok(Self::with_weights(backend, config, weights, max_positions)?)
+    }
+
+    /// A model with given weights.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub(super) fn with_weights(
+        backend: B,
+        config: &ModelConfig,
+        weights: Weights<B>,
+        max_positions: usize,
+    ) -> Result<Self, KernelError> {
+        let Weights { embedding, layers, final_norm, head } = weights;
         Ok(Self {
-            rotary: RotaryTables::new(&backend, &config, max_positions)?,
+            rotary: RotaryTables::new(&backend, config, max_positions)?,
             step: Step::new(&backend)?,
-            activations: Activations::new(&backend, &config, 0)?,
+            activations: Activations::new(&backend, config, 0)?,
             activation_rows: 0,
-            output: OutputStage::new(&backend, checkpoint)?,
+            output: OutputStage::with_norm(&backend, config, final_norm)?,
             backend,
-            config,
+            config: config.clone(),
             embedding,
             layers,
             head,

@@ -14,6 +14,7 @@ use super::batch::Logits;
 use super::linear::{Linear, LinearSpec, upload};
 use super::streamed::EMBEDDING;
 use crate::checkpoint::{Checkpoint, LinearWeight};
+use crate::config::ModelConfig;
 
 /// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
 const LOGIT_ROWS: usize = 64;
@@ -90,8 +91,8 @@ impl<B: Backend> OutputHead<B> {
     }
 }
 
-/// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied. A dense one of a
-/// quantized checkpoint is rounded to the bits that the device wants.
+/// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied, packed as
+/// [`pack_output_head`] does.
 ///
 /// # Errors
 /// When a tensor is missing or malformed, or the device has no kernel for it.
@@ -107,13 +108,25 @@ pub(crate) fn load_output_head<B: Backend>(
     } else {
         checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?
     };
+    Ok(pack_output_head(backend, config, weight)?)
+}
+
+/// Packs an output head. A dense one of a quantized model is rounded to the bits that the device wants.
+///
+/// # Errors
+/// When the device has no kernel for it.
+pub(crate) fn pack_output_head<B: Backend>(
+    backend: &B,
+    config: &ModelConfig,
+    weight: LinearWeight<'_>,
+) -> Result<Linear<B>, KernelError> {
     let weight = match (weight, backend.output_head_bits()) {
         (LinearWeight::Dense(matrix), Some(bits)) if config.quantization.is_some() => {
             LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, bits, ROUNDED_GROUP)?)
         }
         (weight, _) => weight,
     };
-    Ok(Linear::pack(backend, &spec.name, &weight, None)?)
+    Linear::pack(backend, &LinearSpec::output_head(config).name, &weight, None)
 }
 
 impl<B: Backend> OutputStage<B> {
@@ -122,10 +135,22 @@ impl<B: Backend> OutputStage<B> {
     /// # Errors
     /// When it is missing or malformed.
     pub(crate) fn new(backend: &B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
-        let config = checkpoint.config();
+        let norm = FinalNorm::load(backend, checkpoint)?;
+        Ok(Self::with_norm(backend, checkpoint.config(), norm)?)
+    }
+
+    /// Buffers around `final_norm`.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub(crate) fn with_norm(
+        backend: &B,
+        config: &ModelConfig,
+        final_norm: FinalNorm<B>,
+    ) -> Result<Self, KernelError> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocabulary_size);
         Ok(Self {
-            final_norm: FinalNorm::load(backend, checkpoint)?,
+            final_norm,
             residual: backend.buffer(LOGIT_ROWS * hidden)?,
             addend: backend.buffer(LOGIT_ROWS * hidden)?,
             normed: backend.buffer(LOGIT_ROWS * hidden)?,

@@ -4,7 +4,7 @@ use nibble_kernels::KernelError;
 use nibble_kernels::backend::{Backend, Length};
 use nibble_kernels::ops::paged_attention::{BLOCK_SIZE, SEQUENCE_WORDS};
 
-use super::batch::Batch;
+use super::batch::{Batch, SequenceRows};
 use super::{BatchError, ModelError};
 
 /// Limits that every batch is checked against before it reaches a device.
@@ -24,6 +24,9 @@ pub(crate) struct Step<B: Backend> {
     pub(crate) block_tables: B::Indices,
     pub(crate) rows: usize,
     pub(crate) sequence_count: usize,
+    /// Keys of the longest sequence, and most rows of one.
+    pub(crate) longest: usize,
+    pub(crate) longest_rows: usize,
 }
 
 impl<B: Backend> Step<B> {
@@ -37,6 +40,8 @@ impl<B: Backend> Step<B> {
             block_tables: empty()?,
             rows: 0,
             sequence_count: 0,
+            longest: 0,
+            longest_rows: 0,
         })
     }
 
@@ -64,6 +69,9 @@ impl<B: Backend> Step<B> {
         put(backend, &mut self.block_tables, &block_tables)?;
         self.rows = batch.token_ids.len();
         self.sequence_count = batch.sequences.len();
+        let largest = |of: fn(&SequenceRows) -> usize| batch.sequences.iter().map(of).max().unwrap_or(0);
+        self.longest = largest(|sequence| sequence.first_position + sequence.rows);
+        self.longest_rows = largest(|sequence| sequence.rows);
         Ok(())
     }
 }

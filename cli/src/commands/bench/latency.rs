@@ -3,18 +3,19 @@
 use std::time::Instant;
 
 use clap::Args;
-use nibble_kernels::device::cpu::Cpu;
+use nibble_kernels::Backend;
 use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Model, ModelError};
 use serde_json::json;
 
-use crate::device::{ModelArguments, load, open_checkpoint};
+use super::model::{BenchModel, BenchModelArguments};
+use crate::device::Work;
 use crate::output::print_json;
 
 /// Arguments of `nibble bench latency`.
 #[derive(Debug, Args)]
 pub(crate) struct LatencyArguments {
-    /// A model directory or a Hugging Face id.
-    model: String,
+    #[command(flatten)]
+    model: BenchModelArguments,
     /// Tokens of the prompt, run as one step.
     #[arg(long, default_value_t = 512)]
     prompt_tokens: usize,
@@ -27,27 +28,15 @@ pub(crate) struct LatencyArguments {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    run: ModelArguments,
 }
 
 /// Runs the command.
 pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
     anyhow::ensure!(arguments.prompt_tokens > 0, "--prompt-tokens must be at least 1");
-    let checkpoint = open_checkpoint(&arguments.model)?;
-    let tokens = arguments.prompt_tokens + arguments.output_tokens;
-    let mut model = load(&checkpoint, arguments.run.cpu(), tokens)?;
-    let mut cache = model.kv_cache(tokens.div_ceil(BLOCK_SIZE))?;
-    let (mut prompt, mut output) = (Vec::new(), Vec::new());
-    for repeat in 0..=arguments.repeats {
-        let (prompt_seconds, output_seconds) = measure(&mut model, &mut cache, arguments)?;
-        // The first run warms caches and buffers.
-        if repeat > 0 {
-            prompt.push(arguments.prompt_tokens as f64 / prompt_seconds);
-            output.push(arguments.output_tokens as f64 / output_seconds);
-        }
-    }
-    let (prompt, output, threads) = (median(prompt), median(output), arguments.run.device.threads());
+    let model = arguments.model.open()?;
+    let device = arguments.model.run.device(model.config())?;
+    let (prompt, output) = device.run(Latency { model: &model, arguments })?;
+    let (prompt, output, description) = (median(prompt), median(output), device.description());
     if arguments.json {
         return print_json(&json!({
             "prompt_tokens_per_second": prompt,
@@ -55,19 +44,50 @@ pub(super) fn run(arguments: &LatencyArguments) -> anyhow::Result<()> {
             "prompt_tokens": arguments.prompt_tokens,
             "output_tokens": arguments.output_tokens,
             "streams": 1,
-            "threads": threads,
+            "device": description,
         }));
     }
     println!("prompt of {}: {prompt:.1} tokens/s", arguments.prompt_tokens);
     println!("decode: {output:.1} tokens/s");
-    println!("{threads} threads, median of {}", arguments.repeats);
+    println!("{description}, median of {}", arguments.repeats);
     Ok(())
 }
 
+/// The measurement.
+struct Latency<'a> {
+    model: &'a BenchModel,
+    arguments: &'a LatencyArguments,
+}
+
+impl Work for Latency<'_> {
+    /// Tokens a second of the prompt and of decoding, for each repeat.
+    type Output = (Vec<f64>, Vec<f64>);
+
+    fn run<B: Backend + Send + 'static>(
+        self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<Self::Output> {
+        let Self { model, arguments } = self;
+        let tokens = arguments.prompt_tokens + arguments.output_tokens;
+        let mut model = model.load(open()?, tokens)?;
+        let mut cache = model.kv_cache(tokens.div_ceil(BLOCK_SIZE))?;
+        let (mut prompt, mut output) = (Vec::new(), Vec::new());
+        for repeat in 0..=arguments.repeats {
+            let (prompt_seconds, output_seconds) = measure(&mut model, &mut cache, arguments)?;
+            // The first run warms caches and buffers.
+            if repeat > 0 {
+                prompt.push(arguments.prompt_tokens as f64 / prompt_seconds);
+                output.push(arguments.output_tokens as f64 / output_seconds);
+            }
+        }
+        Ok((prompt, output))
+    }
+}
+
 /// Seconds of the prompt step and of all decode steps.
-fn measure(
-    model: &mut Model<Cpu>,
-    cache: &mut KvCache<Cpu>,
+fn measure<B: Backend>(
+    model: &mut Model<B>,
+    cache: &mut KvCache<B>,
     arguments: &LatencyArguments,
 ) -> Result<(f64, f64), ModelError> {
     let vocabulary = model.config().vocabulary_size as u32;
@@ -87,7 +107,8 @@ fn measure(
     Ok((prompt_seconds, started.elapsed().as_secs_f64()))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The middle one.
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

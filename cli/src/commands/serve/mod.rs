@@ -10,16 +10,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_engine::{Engine, ModelRunner, Pooling};
+use nibble_engine::{Engine, EngineConfig, ModelRunner, Pooling};
+use nibble_kernels::Backend;
 use nibble_model::chat_template::ChatTemplate;
+use nibble_model::checkpoint::Checkpoint;
 use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
 use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
 use nibble_server::{ReasoningFormat, ServedModel, ServerOptions, Service, ToolCallFormat};
 
-use crate::device::{ModelArguments, load, open_checkpoint};
-use crate::memory::{MemoryPlan, MemoryWishes, free_bytes, parse_bytes};
+use crate::device::{ModelArguments, Work, load, open_checkpoint};
+use crate::memory::{MemoryPlan, MemoryWishes, parse_bytes};
 use crate::output::start_logging;
 use engine::{EngineArguments, SchedulingPolicy};
 use service::ServiceArguments;
@@ -117,11 +119,14 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
     let chat_template = ChatTemplate::open(checkpoint.directory())?;
     let generation_config = GenerationConfig::open(checkpoint.directory())?;
+    let device = arguments.run.device(checkpoint.config())?;
+    let weight_bytes = checkpoint.tensors().map(|tensor| tensor.data.len() as u64).sum();
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
+        default_kv_cache_bytes: device.kv_cache_bytes(weight_bytes)?,
+        activation_bytes: device.activation_bytes(),
         max_model_len: arguments.max_model_len,
         max_num_seqs: arguments.engine.max_num_seqs as usize,
-        free_bytes: free_bytes(),
     };
     let plan = MemoryPlan::new(checkpoint.config(), wishes)?;
     eprintln!("{}", plan.table(&checkpoint));
@@ -131,15 +136,13 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     if let Some(test) = &self_test {
         test.check_weights(&checkpoint)?;
     }
-    let mut model = load(&checkpoint, arguments.run.cpu(), plan.max_model_len)?;
-    if let Some(test) = &self_test {
-        let difference = test.check_model(&mut model, checkpoint.directory())?;
-        let (weights, tolerance) = (test.weights.len(), test.tolerance);
-        tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
-    }
     let name = arguments.served_model_name.clone().unwrap_or_else(|| model_name(&arguments.model));
-    let engine =
-        Engine::start(Box::new(ModelRunner::new(model, plan.kv_blocks)?), arguments.engine.config())?;
+    let engine = device.run(StartEngine {
+        checkpoint: &checkpoint,
+        self_test: self_test.as_ref(),
+        plan,
+        config: arguments.engine.config(),
+    })?;
     let served = ServedModel {
         name: name.clone(),
         tokenizer: Arc::new(tokenizer),
@@ -174,6 +177,28 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     result?;
     engine.join()?;
     Ok(())
+}
+
+/// Loads a checkpoint, checks it if asked to, and starts an engine on it.
+struct StartEngine<'a> {
+    checkpoint: &'a Checkpoint,
+    self_test: Option<&'a SelfTest>,
+    plan: MemoryPlan,
+    config: EngineConfig,
+}
+
+impl Work for StartEngine<'_> {
+    type Output = Engine;
+
+    fn run<B: Backend + Send + 'static>(self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<Engine> {
+        let mut model = load(self.checkpoint, open()?, self.plan.max_model_len)?;
+        if let Some(test) = self.self_test {
+            let difference = test.check_model(&mut model, self.checkpoint.directory())?;
+            let (weights, tolerance) = (test.weights.len(), test.tolerance);
+            tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
+        }
+        Ok(Engine::start(Box::new(ModelRunner::new(model, self.plan.kv_blocks)?), self.config)?)
+    }
 }
 
 /// A checkpoint whose quality was found wanting is served all the same, but not silently.

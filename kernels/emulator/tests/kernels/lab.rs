@@ -50,6 +50,11 @@ impl Lab {
         self.device_on(Emulator::new(seed), element)
     }
 
+    /// One with another number of multiprocessors, for launches that choose their grid by it.
+    pub(crate) fn device_of_size(&self, element: Element, seed: u64, multiprocessors: u32) -> TestDevice {
+        self.device_on(Emulator::new(seed).multiprocessors(multiprocessors), element)
+    }
+
     /// The emulator of [`Self::device`].
     pub(crate) fn emulator(&self, seed: u64) -> Emulator {
         self.with_fault(Emulator::new(seed))

@@ -3,16 +3,27 @@
 //!
 //! To add a kernel: a file with a `SUITE`, as `rms_norm.rs`, and a line in [`SUITES`].
 
+mod dense_matmul;
 mod embedding;
 mod gather_rows;
 mod lab;
 mod machine;
 mod mutations;
+mod paged_attention;
 mod refusals;
 mod rms_norm;
 mod rotary_embedding;
 mod silu_mul;
+mod w4a16_matmul;
 
 /// All suites.
-const SUITES: [lab::Suite; 5] =
-    [embedding::SUITE, gather_rows::SUITE, rms_norm::SUITE, rotary_embedding::SUITE, silu_mul::SUITE];
+const SUITES: [lab::Suite; 8] = [
+    dense_matmul::SUITE,
+    embedding::SUITE,
+    gather_rows::SUITE,
+    paged_attention::SUITE,
+    rms_norm::SUITE,
+    rotary_embedding::SUITE,
+    silu_mul::SUITE,
+    w4a16_matmul::SUITE,
+];

@@ -62,6 +62,7 @@ fn pack<T: bytemuck::Pod>(out: usize, inputs: usize, value: impl Fn(usize) -> T)
 }
 
 /// A dense matrix in panels, in the element type it was stored in.
+#[derive(Clone)]
 pub(crate) struct DensePanels<T> {
     out_features: usize,
     in_features: usize,
@@ -120,11 +121,13 @@ dense_panels!(f16, HalfColumns);
 dense_panels!(bf16, BrainColumns);
 
 /// A dense weight matrix of the CPU device.
+#[derive(Clone)]
 pub struct CpuDenseMatrix {
     pub(crate) panels: DensePanelsOf,
 }
 
 /// The element types a [`CpuDenseMatrix`] may have.
+#[derive(Clone)]
 pub(crate) enum DensePanelsOf {
     F32(DensePanels<f32>),
     F16(DensePanels<f16>),

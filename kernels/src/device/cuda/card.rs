@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags, CUfunction_attribute};
+use cudarc::driver::sys::{
+    CUdevice_attribute as Attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchConfig, PushKernelArg, result, sys,
 };
@@ -111,6 +113,32 @@ impl Card {
         let end = record()?;
         let elapsed = start.elapsed_ms(&end).map_err(|error| self.failed("run the kernels", &error))?;
         Ok(f64::from(elapsed))
+    }
+
+    /// Milliseconds of each of `repeats` runs of what `submit` submits. It is submitted once, to compile and load what it
+    /// needs, once to be recorded, and then replayed as one: what the host does between launches does not count.
+    ///
+    /// # Errors
+    /// When `submit` fails or does anything but launch kernels, or a kernel fails.
+    pub fn time_replayed(
+        &self,
+        repeats: usize,
+        submit: &mut dyn FnMut() -> Result<(), KernelError>,
+    ) -> Result<Vec<f64>, KernelError> {
+        submit()?;
+        self.synchronize()?;
+        let failed = |error| self.failed("record launches", &error);
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(failed)?;
+        let submitted = submit();
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        submitted?;
+        let Some(graph) = graph.map_err(failed)? else {
+            return Ok(vec![0.0; repeats]);
+        };
+        let replay = || graph.launch().map_err(|error| self.failed("replay launches", &error));
+        replay()?;
+        (0..repeats).map(|_| self.time(replay)).collect()
     }
 
     /// What machine code must be for this card.

@@ -11,9 +11,8 @@ use sha2::{Digest, Sha256};
 use super::driver::Source;
 use crate::error::KernelError;
 
-/// The header every source includes, and its name there.
-const HEADER: &str = include_str!("../../cuda/common.cuh");
-const HEADER_NAME: &CStr = c"common.cuh";
+/// The headers that sources include: name and text.
+const HEADERS: &[(&CStr, &str)] = &[(c"common.cuh", include_str!("../../cuda/common.cuh"))];
 
 /// What NVRTC is told besides the architecture.
 const OPTIONS: [&str; 1] = ["--std=c++17"];
@@ -118,7 +117,8 @@ fn options(architecture: Architecture) -> Vec<String> {
 /// A name for everything the machine code depends on but the compiler's version.
 fn digest(source: Source, options: &[String]) -> String {
     let mut hash = Sha256::new();
-    for part in [source.text, HEADER].into_iter().chain(options.iter().map(String::as_str)) {
+    let headers = HEADERS.iter().map(|(_, text)| *text);
+    for part in headers.chain([source.text]).chain(options.iter().map(String::as_str)) {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
@@ -158,20 +158,22 @@ impl Drop for Program {
 fn compile(source: Source, options: &[String]) -> Result<Vec<u8>, String> {
     let text = c_string(source.text)?;
     let name = c_string(&format!("{}.cu", source.name))?;
-    let header = c_string(HEADER)?;
-    let options = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;
-    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let header_texts = HEADERS.iter().map(|(_, text)| c_string(text)).collect::<Result<Vec<_>, _>>()?;
+    let headers: Vec<*const c_char> = header_texts.iter().map(|header| header.as_ptr()).collect();
+    let header_names: Vec<*const c_char> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
+    let option_texts = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;
+    let options: Vec<*const c_char> = option_texts.iter().map(|option| option.as_ptr()).collect();
     let mut program = Program(std::ptr::null_mut());
-    // SAFETY: every pointer is to a string that ends with zero and lives to the end of this function; the arrays of
-    // headers and of their names have one entry each.
+    // SAFETY: every pointer is to a string that ends with zero and lives to the end of this function; there are as many
+    // headers and names as it is told.
     check(unsafe {
         sys::nvrtcCreateProgram(
             &raw mut program.0,
             text.as_ptr(),
             name.as_ptr(),
-            1,
-            [header.as_ptr()].as_ptr(),
-            [HEADER_NAME.as_ptr()].as_ptr(),
+            HEADERS.len() as i32,
+            headers.as_ptr(),
+            header_names.as_ptr(),
         )
     })?;
     // SAFETY: the program was created; `options` holds as many strings as it says.

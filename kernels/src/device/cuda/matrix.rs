@@ -47,6 +47,12 @@ impl CudaDenseMatrix {
         Ok(Self { elements, out_features, in_features })
     }
 
+    /// A second matrix with the same values.
+    pub(super) fn copy(&self) -> Result<Self, KernelError> {
+        let elements = self.elements.copy()?;
+        Ok(Self { elements, out_features: self.out_features, in_features: self.in_features })
+    }
+
     /// Where the first element lies.
     pub fn address(&self) -> Address {
         self.elements.address()

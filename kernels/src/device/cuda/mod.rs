@@ -147,6 +147,10 @@ impl Device for Cuda {
         matrix.copy()
     }
 
+    fn copy_dense(&self, matrix: &CudaDenseMatrix) -> Result<CudaDenseMatrix, KernelError> {
+        matrix.copy()
+    }
+
     fn output_head_bits(&self) -> Option<u32> {
         None
     }

@@ -8,6 +8,7 @@
 //!
 //! [`Device::DenseMatrix`]: crate::backend::Device::DenseMatrix
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 

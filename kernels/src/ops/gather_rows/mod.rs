@@ -3,6 +3,7 @@
 //! Picks the rows whose logits are wanted out of a step. Shapes: `input [*, width]`, `rows [count]`,
 //! `output [count, width]`. Refuses buffers that are too short; row numbers are the caller's to check.
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 

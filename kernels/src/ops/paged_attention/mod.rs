@@ -24,7 +24,9 @@
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 1 (forward); Kwon et al., "PagedAttention", 2023.
 
+pub(crate) mod cases;
 mod cpu;
+pub mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
@@ -78,6 +80,10 @@ pub struct Args<'a, Buffer, Indices> {
     pub sequence_count: usize,
     /// Number of rows.
     pub rows: usize,
+    /// Keys of the longest sequence, those of this step included: no sequence may have more.
+    pub longest: usize,
+    /// Most rows of a sequence: no sequence may have more.
+    pub longest_rows: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
@@ -100,6 +106,15 @@ impl<Buffer: Length, Indices: Length> Args<'_, Buffer, Indices> {
         holds(NAME, "query", self.query, elements)?;
         holds(NAME, "output", self.output, elements)?;
         holds(NAME, "sequences", self.sequences, self.sequence_count * SEQUENCE_WORDS)?;
+        let rows_fit =
+            self.rows <= self.sequence_count * self.longest_rows && self.longest_rows <= self.longest;
+        KernelError::require(
+            rows_fit,
+            NAME,
+            "longest_rows",
+            self.longest_rows,
+            "must bound the rows of a sequence",
+        )?;
         KernelError::require(self.window > 0, NAME, "window", self.window, "must be positive")
     }
 }

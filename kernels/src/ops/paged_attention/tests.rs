@@ -65,6 +65,8 @@ impl World {
             output: &mut output,
             sequence_count: copies,
             rows: copies * rows,
+            longest: first + rows,
+            longest_rows: rows,
             heads: HEADS,
             kv_heads: KV_HEADS,
             head_dim: self.head_dim,

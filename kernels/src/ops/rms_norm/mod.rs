@@ -10,6 +10,7 @@
 //!
 //! Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 pub mod reference;

@@ -15,6 +15,7 @@
 //!
 //! Source: Su et al., "RoFormer", 2021, section 3.2.
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //!
 //! Source: Shazeer, "GLU Variants Improve Transformer", 2020 (SwiGLU).
 
+pub(crate) mod cases;
 mod cpu;
 pub mod cuda;
 

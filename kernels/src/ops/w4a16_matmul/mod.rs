@@ -9,7 +9,9 @@
 //! `output [rows, out_features]`. The order in which a row's terms are added depends on the weight's shape
 //! alone, never on `rows`: a row has the same bits alone and in a batch. Refuses buffers that are too short.
 
+pub(crate) mod cases;
 mod cpu;
+pub mod cuda;
 pub(crate) mod layout;
 pub mod reference;
 #[cfg(test)]
