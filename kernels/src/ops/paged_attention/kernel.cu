@@ -22,8 +22,11 @@
 // Pipeline: cp.async, a group to each tile of keys and of values; the ring is refilled as soon as its tile has been
 // read, keys in the middle of a tile and values after it: about 3 of 4 buffers are always under way.
 //
-// Limit, decode with 8 heads of 128: 32 KB a tile take 3200 cycles of an A100's multiprocessor at 1555 GB/s; its 64
-// mma take 128, its ldmatrix 256, its instructions about 1000 issue slots of 4 schedulers: memory binds.
+// Limit, decode with 8 heads of 128 (sm_80, counted in the machine code): 32 KB a tile take 3200 cycles of an A100's
+// multiprocessor at 1555 GB/s; its 64 mma take 128, its ldmatrix 290, and its 4 warps of 330 instructions 330 issue slots
+// of each scheduler: memory binds. Two blocks to a multiprocessor (118 registers, 71 KB) keep about 100 KB under way.
+// Limit, prompts: 64 columns and a tile take 1024 tensor cycles and 1070 issue slots (8 warps of 534 instructions, one
+// block to a multiprocessor): both bind, and barriers add to them.
 #include "common.cuh"
 
 constexpr u32 BLOCK_TOKENS = 16;
