@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::{env, fs, io};
 
 /// The sources a kernel is compiled with, by name. All of them decide whether a cached object is still right.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../src/cuda/common.cuh")),
     ("warpgroup.cuh", include_str!("../../src/cuda/warpgroup.cuh")),
     ("cuda_emulator.h", include_str!("../cuda_emulator.h")),

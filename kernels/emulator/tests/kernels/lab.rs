@@ -52,7 +52,7 @@ impl Lab {
 
     /// One with another number of multiprocessors, for launches that choose their grid by it.
     pub(crate) fn device_of_size(&self, element: Element, seed: u64, multiprocessors: u32) -> TestDevice {
-        self.device_on(Emulator::new(seed).multiprocessors(multiprocessors), element)
+        self.device_on(Emulator::new(seed).with_multiprocessors(multiprocessors), element)
     }
 
     /// The emulator of [`Self::device`].
