@@ -3,7 +3,7 @@
 // Each CUDA thread of a block is a fiber (runtime/machine.h). What needs other threads or checked memory is a call into
 // the runtime; the rest is plain C++. To run a kernel by hand:
 //
-//   flags="-std=c++20 -O2 -march=native -fPIC -fvisibility=hidden -Wno-unknown-pragmas"
+//   flags="-std=c++20 -O2 -march=x86-64-v3 -fPIC -fvisibility=hidden -Wno-unknown-pragmas"
 //   g++ $flags -c kernels/emulator/runtime/runtime.cpp -o runtime.o
 //   seen="-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 //   include="-DNIBBLE_EMULATOR -I kernels/src/cuda -I kernels/emulator"

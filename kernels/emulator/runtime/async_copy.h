@@ -7,7 +7,7 @@ extern "C" {
 
 void nibble_async_copy(void* shared, const void* global, uint32_t bytes, bool valid) {
     using namespace emulator;
-    Machine& m = *machine;
+    Machine& m = *machine();
     u32 offset = shared_offset(shared, bytes, "copies");
     if (offset % bytes != 0 || (valid && number(global) % bytes != 0)) {
         fail("copies %u bytes from address %llx to offset %u of shared memory; both must be multiples of %u", bytes,
@@ -20,20 +20,22 @@ void nibble_async_copy(void* shared, const void* global, uint32_t bytes, bool va
     if (const Access* other = m.shadow.write(offset, bytes, accessor(), true)) {
         fail_race("copies", offset, bytes, *other);
     }
-    m.current_warp().log.add(__builtin_return_address(0), m.current_lane(), offset, bytes);
+    AccessLog& log = m.current_warp().log;
+    log.add(__builtin_return_address(0), false, m.current_lane(), offset, bytes);
+    if (valid) log.add(__builtin_return_address(0), true, m.current_lane(), number(global), bytes);
     memset(shared, 0xff, bytes);
     m.report->async_copies++;
     m.current->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes, valid});
 }
 
 void nibble_async_commit() {
-    emulator::Thread& thread = *emulator::machine->current;
+    emulator::Thread& thread = *emulator::machine()->current;
     thread.group_ends.push_back(static_cast<uint32_t>(thread.copies.size()));
 }
 
 void nibble_async_wait(uint32_t pending) {
     using namespace emulator;
-    Machine& m = *machine;
+    Machine& m = *machine();
     Thread& thread = *m.current;
     while (thread.group_ends.size() - thread.groups_done > pending) {
         u32 end = thread.group_ends[thread.groups_done++];

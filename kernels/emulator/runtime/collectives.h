@@ -11,7 +11,7 @@
 namespace emulator {
 
 static Slot& own_slot() {
-    Machine& m = *machine;
+    Machine& m = *machine();
     return m.current_warp().slots[m.current_lane()];
 }
 
@@ -21,7 +21,7 @@ static void require_whole_warp(const Warp& warp, const char* what) {
 
 // Slots: [0] the value, [1] the lane wanted; the result in [2].
 static void exchange(Warp& warp) {
-    machine->report->shuffles++;
+    machine()->report->shuffles++;
     for (u32 lane = 0; lane < warp.lanes; lane++) {
         Slot& slot = warp.slots[lane];
         if (slot.words[1] >= warp.lanes) fail("a shuffle reads lane %u of a warp of %u", slot.words[1], warp.lanes);
@@ -31,9 +31,9 @@ static void exchange(Warp& warp) {
 
 // Reads the rows that lanes point at, `matrices` of 8: checks them, counts bank conflicts, gives them in `rows`.
 static void read_rows(Warp& warp, u32 matrices, u16 (&rows)[WARP][8]) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     require_whole_warp(warp, "a load of matrices");
-    u32 offsets[WARP];
+    u64 offsets[WARP];
     Accessor who = accessor();
     for (u32 lane = 0; lane < matrices * 8; lane++) {
         const u8* row = warp.slots[lane].row;
@@ -103,7 +103,7 @@ static void expand_bf16(const u32* words, float* floats, u32 count) {
 template <void (*expand)(const u32*, float*, u32)>
 static void multiply_matrices(Warp& warp) {
     require_whole_warp(warp, "a product of matrices");
-    machine->report->matrix_products++;
+    machine()->report->matrix_products++;
     alignas(32) float a[16][16], b[16][8], sums[16][8];
     for (u32 lane = 0; lane < WARP; lane++) {
         const Slot& slot = warp.slots[lane];
@@ -136,7 +136,7 @@ static void multiply_matrices(Warp& warp) {
     }
 }
 
-static void pass_warp_barrier(Warp& warp) { warp.barrier_stamp = machine->shadow.pass_warp_barrier(); }
+static void pass_warp_barrier(Warp& warp) { warp.barrier_stamp = machine()->shadow.pass_warp_barrier(); }
 
 static Words result_words() {
     Words words;
@@ -172,7 +172,7 @@ static void load_rows(Collective load, const void* row) {
 extern "C" {
 
 uint32_t nibble_shuffle_xor(uint32_t value, uint32_t mask) {
-    return emulator::exchange_with(value, emulator::machine->current_lane() ^ (mask & 31));
+    return emulator::exchange_with(value, emulator::machine()->current_lane() ^ (mask & 31));
 }
 uint32_t nibble_shuffle(uint32_t value, uint32_t lane) { return emulator::exchange_with(value, lane & 31); }
 

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include <sys/mman.h>
 
@@ -37,29 +36,39 @@ nibble_switch_fiber:
 .size nibble_switch_fiber, . - nibble_switch_fiber
 )");
 
-constexpr size_t STACK_BYTES = 128 << 10;
+// A stack's block: a page that names its owner, a page that faults, and the stack, which grows down to it. Blocks are
+// aligned to their size, so that the owner is found from any address in the stack.
+constexpr size_t BLOCK_BYTES = 128 << 10;
+constexpr size_t OWNER_BYTES = 4096;
 constexpr size_t GUARD_BYTES = 4096;
+constexpr size_t STACK_BYTES = BLOCK_BYTES - OWNER_BYTES - GUARD_BYTES;
 
-// Stacks of one size, side by side, each with a page below it that faults.
+// The owner of the stack that runs.
+__attribute__((always_inline)) inline void* stack_owner() {
+    uintptr_t stack_pointer;
+    asm("movq %%rsp, %0" : "=r"(stack_pointer));
+    return *reinterpret_cast<void**>(stack_pointer & ~(BLOCK_BYTES - 1));
+}
+
+// Stacks of one size, side by side.
 class Stacks {
   public:
-    Stacks() = default;
-    Stacks(const Stacks&) = delete;
-    ~Stacks() {
-        for (char* block : blocks_) munmap(block, GUARD_BYTES + STACK_BYTES);
+    Stacks(size_t count, void* owner) : bytes_((count + 1) * BLOCK_BYTES) {
+        mapping_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapping_ == MAP_FAILED) __builtin_trap();
+        uintptr_t start = reinterpret_cast<uintptr_t>(mapping_);
+        first_ = reinterpret_cast<char*>((start + BLOCK_BYTES - 1) & ~(BLOCK_BYTES - 1));
+        for (size_t index = 0; index < count; index++) {
+            char* block = first_ + index * BLOCK_BYTES;
+            mprotect(block + OWNER_BYTES, GUARD_BYTES, PROT_NONE);
+            *reinterpret_cast<void**>(block) = owner;
+        }
     }
+    Stacks(const Stacks&) = delete;
+    ~Stacks() { munmap(mapping_, bytes_); }
 
     // The lowest byte of stack `index`.
-    char* low(size_t index) {
-        while (blocks_.size() <= index) {
-            void* block = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (block == MAP_FAILED) __builtin_trap();
-            mprotect(block, GUARD_BYTES, PROT_NONE);
-            blocks_.push_back(static_cast<char*>(block));
-        }
-        return blocks_[index] + GUARD_BYTES;
-    }
+    char* low(size_t index) const { return first_ + index * BLOCK_BYTES + OWNER_BYTES + GUARD_BYTES; }
 
     // A context that starts in `entry`, which must not return.
     static void* start(char* low, void (*entry)()) {
@@ -72,7 +81,9 @@ class Stacks {
     }
 
   private:
-    std::vector<char*> blocks_;
+    size_t bytes_;
+    void* mapping_;
+    char* first_;
 };
 
 }  // namespace emulator

@@ -30,7 +30,11 @@ class GlobalShadow {
 
     GlobalShadow() = default;
     GlobalShadow(const GlobalShadow&) = delete;
-    ~GlobalShadow() { clear(); }
+    ~GlobalShadow() {
+        for (Table& table : tables_) {
+            if (table.records) munmap(table.records, table.bytes);
+        }
+    }
 
     // The records of a range, made when it is first asked for: pages that are not touched cost nothing.
     GlobalWrite* records(const NibbleRange& range, uint64_t index) {
@@ -46,19 +50,7 @@ class GlobalShadow {
         return table.records;
     }
 
-    // Forgets all writes.
-    void clear() {
-        for (Table& table : tables_) {
-            if (table.records) munmap(table.records, table.bytes);
-        }
-        tables_.clear();
-        released_.clear();
-    }
-
-    void start(uint32_t blocks) {
-        clear();
-        released_.resize(blocks, 0);
-    }
+    void start(uint32_t blocks) { released_.resize(blocks, 0); }
 
     // The stamps before which a block's writes are released to the others.
     uint32_t& released(uint32_t block) { return released_[block]; }

@@ -40,6 +40,9 @@ struct NibbleReport {
     uint64_t global_stores[5];
     uint64_t async_copies;
     uint64_t async_bytes;
+    // Sectors of 32 bytes that the requests of warps move, and as many as would hold the bytes they ask for.
+    uint64_t global_sectors;
+    uint64_t global_full_sectors;
     uint64_t block_barriers;
     uint64_t shuffles;
     uint64_t matrix_products;

@@ -9,7 +9,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "conflicts.h"
@@ -17,6 +16,7 @@
 #include "global_shadow.h"
 #include "interface.h"
 #include "shadow.h"
+#include "warpgroup_state.h"
 
 namespace emulator {
 
@@ -30,7 +30,7 @@ typedef float Floats __attribute__((vector_size(16)));
 constexpr u32 WARP = 32;
 constexpr u32 MAX_THREADS = 1024;
 // Accesses, collectives and barriers after which a block is taken for one that never ends: seconds of emulation.
-constexpr u32 MAX_STEPS = 1u << 27;
+constexpr u32 MAX_STEPS = 1u << 26;
 
 // A copy from global to shared memory that was started and not yet waited for.
 struct AsyncCopy {
@@ -77,13 +77,17 @@ struct Warp {
     Collective collective = nullptr;
     Slot slots[WARP];
     AccessLog log;
+    WarpgroupState warpgroup;
 
     u32 all() const { return lanes == WARP ? ~0u : (1u << lanes) - 1; }
 };
 
 struct Machine {
-    const NibbleLaunch* launch = nullptr;
-    NibbleReport* report = nullptr;
+    Machine(const NibbleLaunch* launch, NibbleReport* report)
+        : launch(launch), report(report), stacks(launch->block, this), threads(launch->block), warps(warp_count()) {}
+
+    const NibbleLaunch* launch;
+    NibbleReport* report;
     u32 block_index[3] = {};
     Thread* current = nullptr;
     u32 waiting = 0;
@@ -105,10 +109,10 @@ struct Machine {
     u32 fence_stamp = 0;
     u32 acquire_stamp = 0;
 
-    Stacks stacks;
     std::vector<u8> shared_storage;
-    std::unique_ptr<Thread[]> threads = std::make_unique<Thread[]>(MAX_THREADS);
-    std::unique_ptr<Warp[]> warps = std::make_unique<Warp[]>(MAX_THREADS / WARP);
+    Stacks stacks;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
 
     u32 random(u32 below) {
         random_state = random_state * 6364136223846793005u + 1442695040888963407u;
@@ -120,12 +124,14 @@ struct Machine {
     u32 current_bit() const { return 1u << current_lane(); }
 };
 
-// One launch runs on one thread of the host from begin to end.
-static thread_local Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
+// The machine whose fiber calls. Of the stack, not a variable of the host's thread: dozens of kernels are loaded at once,
+// and quick thread-local variables of loaded objects are few. Not to be called by the host's own thread.
+__attribute__((always_inline)) static inline Machine* machine() { return static_cast<Machine*>(stack_owner()); }
+
 
 // Ends the launch with an error. Called in a fiber; never comes back.
 [[noreturn]] __attribute__((format(printf, 1, 2), noinline, cold)) static void fail(const char* format, ...) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     char* text = m.report->error;
     size_t size = sizeof m.report->error;
     int length = snprintf(text, size, "%s, block (%u, %u, %u), thread %u: ", m.launch->name, m.block_index[0],
@@ -140,25 +146,24 @@ static thread_local Machine* machine __attribute__((tls_model("initial-exec"))) 
 }
 
 static inline void count_step() {
-    if (++machine->steps > MAX_STEPS) fail("the block does not end: %u accesses, collectives and barriers", MAX_STEPS);
+    if (++machine()->steps > MAX_STEPS) fail("the block does not end: %u accesses, collectives and barriers", MAX_STEPS);
 }
 
 static void switch_to(Thread& next) {
-    Thread& before = *machine->current;
+    Thread& before = *machine()->current;
     if (&next == &before) return;
-    machine->current = &next;
+    machine()->current = &next;
     nibble_switch_fiber(&before.context, next.context);
 }
 
 // A lane of the warp that may run, the next one in cyclic order from `lane`.
-static Thread& next_lane(Warp& warp, u32 lane) {
+static Thread& next_lane(Machine& m, Warp& warp, u32 lane) {
     u32 later = lane + 1 < WARP ? warp.runnable & ~0u << (lane + 1) : 0;
-    return machine->threads[warp.first_thread + __builtin_ctz(later ? later : warp.runnable)];
+    return m.threads[warp.first_thread + __builtin_ctz(later ? later : warp.runnable)];
 }
 
 // Any warp that may run, or none.
-static Warp* random_warp() {
-    Machine& m = *machine;
+static Warp* random_warp(Machine& m) {
     u32 count = m.warp_count(), start = m.random(count);
     for (u32 i = 0; i < count; i++) {
         Warp& warp = m.warps[(start + i) % count];
@@ -167,20 +172,20 @@ static Warp* random_warp() {
     return nullptr;
 }
 
-static void run_warp(Warp& warp) { switch_to(next_lane(warp, machine->random(WARP))); }
+static void run_warp(Warp& warp) { switch_to(next_lane(*machine(), warp, machine()->random(WARP))); }
 
 // Runs another thread, after the current one was taken out of its warp's runnable lanes. Comes back when the current
 // one may run again.
 static void run_another() {
-    Machine& m = *machine;
+    Machine& m = *machine();
     Warp& warp = m.current_warp();
-    if (warp.runnable) return switch_to(next_lane(warp, m.current_lane()));
+    if (warp.runnable) return switch_to(next_lane(m, warp, m.current_lane()));
     if (warp.at_collective) {
         fail("the warp has diverged: lanes %08x are at a warp's collective, %08x at a block barrier, %08x have ended",
              warp.at_collective, warp.at_barrier, warp.ended);
     }
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
-    if (Warp* other = random_warp()) return run_warp(*other);
+    warp.log.flush(*m.report);
+    if (Warp* other = random_warp(m)) return run_warp(*other);
     if (m.waiting) {
         fail("%u threads wait at a block barrier, %u threads of the block have ended", m.waiting, m.ended);
     }
@@ -189,7 +194,7 @@ static void run_another() {
 
 // Waits until all lanes of the warp have called this with the same collective; the last one carries it out.
 static void join(Collective collective) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     Warp& warp = m.current_warp();
     count_step();
     if (warp.at_collective == 0) {
@@ -203,10 +208,10 @@ static void join(Collective collective) {
         return run_another();
     }
     warp.at_collective = 0;
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
+    warp.log.flush(*m.report);
     collective(warp);
     warp.runnable = warp.all();
-    if (m.random(16) == 0) run_warp(*random_warp());
+    if (m.random(16) == 0) run_warp(*random_warp(m));
 }
 
 }  // namespace emulator

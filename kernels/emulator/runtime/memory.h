@@ -11,10 +11,10 @@ namespace emulator {
 
 static u64 number(const void* pointer) { return reinterpret_cast<u64>(pointer); }
 
-static bool in_shared(const void* pointer) { return number(pointer) - number(machine->shared) < machine->shared_bytes; }
+static bool in_shared(const void* pointer) { return number(pointer) - number(machine()->shared) < machine()->shared_bytes; }
 
 static Accessor accessor() {
-    Machine& m = *machine;
+    Machine& m = *machine();
     return {m.current->index, m.shadow.block_barrier, m.current_warp().barrier_stamp};
 }
 
@@ -28,7 +28,7 @@ static Accessor accessor() {
 
 // The part of `size` bytes that must lie in shared memory; gives their offset.
 static u32 shared_offset(const void* pointer, u32 size, const char* what) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     u64 offset = number(pointer) - number(m.shared);
     if (offset >= m.shared_bytes || offset + size > m.shared_bytes) {
         fail("%s %u bytes at offset %lld of shared memory, which has %u", what, size, static_cast<long long>(offset),
@@ -43,7 +43,7 @@ static bool is_store(Global kind) { return kind == Global::STORE || kind == Glob
 
 // Makes the allocation that holds the access the last one.
 static bool find_range(u64 start, u32 size) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     if (start >= m.last_range.start && start + size <= m.last_range.end) return true;
     const NibbleRange* ranges = m.launch->ranges;
     // The last range that starts at or before the access.
@@ -59,7 +59,7 @@ static bool find_range(u64 start, u32 size) {
 }
 
 [[noreturn]] __attribute__((noinline, cold)) static void fail_outside(const void* pointer, u32 size, const char* what) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     u64 start = number(pointer);
     if (start - number(m.shared_storage.data()) < m.shared_storage.size()) shared_offset(pointer, size, what);
     const NibbleRange* nearest = nullptr;
@@ -72,7 +72,7 @@ static bool find_range(u64 start, u32 size) {
 
 // What is wrong with an access to bytes of global memory that were written before in this launch, or null.
 static const char* global_race(const GlobalWrite& write, Global kind) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     if (kind == Global::LOAD_READ_ONLY) return "as memory that nobody writes";
     if (write.block == m.block_number + 1) {
         Accessor who = accessor();
@@ -89,7 +89,7 @@ static const char* global_race(const GlobalWrite& write, Global kind) {
 }
 
 static void check_global(const void* pointer, u32 size, Global kind, const char* what) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     u64 start = number(pointer);
     if (m.launch->range_count == 0) return;
     if (!find_range(start, size)) {
@@ -127,8 +127,8 @@ static void check_global(const void* pointer, u32 size, Global kind, const char*
 template <bool store>
 __attribute__((always_inline)) inline void access(const void* pointer, u32 size, bool aligned, const void* instruction,
                                                   Global kind = store ? Global::STORE : Global::LOAD) {
-    Machine* m = machine;
-    if (!m || number(pointer) - number(m->current->stack) < STACK_BYTES) return;
+    Machine* m = machine();
+    if (number(pointer) - number(m->current->stack) < STACK_BYTES) return;
     count_step();
     const char* what = store ? "stores" : "loads";
     if (aligned && number(pointer) % size != 0) {
@@ -139,11 +139,13 @@ __attribute__((always_inline)) inline void access(const void* pointer, u32 size,
         u32 offset = shared_offset(pointer, size, what);
         const Access* other = store ? m->shadow.write(offset, size, accessor()) : m->shadow.read(offset, size, accessor());
         if (other) fail_race(what, offset, size, *other);
-        if (size <= 16) m->current_warp().log.add(instruction, m->current_lane(), offset, size);
+        if (size <= 16) m->current_warp().log.add(instruction, false, m->current_lane(), offset, size);
         return;
     }
     check_global(pointer, size, kind, what);
-    if (size <= 16) (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
+    if (size > 16) return;
+    (store ? m->report->global_stores : m->report->global_loads)[__builtin_ctz(size)]++;
+    m->current_warp().log.add(instruction, true, m->current_lane(), number(pointer), size);
 }
 
 static Words load_words(const void* from, const void* instruction, Global kind) {
@@ -218,11 +220,11 @@ void nibble_store_8(void* to, uint64_t words) {
 
 void nibble_device_fence() {
     emulator::count_step();
-    emulator::machine->fence_stamp = ++emulator::machine->shadow.stamp;
+    emulator::machine()->fence_stamp = ++emulator::machine()->shadow.stamp;
 }
 
 uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
-    emulator::Machine& m = *emulator::machine;
+    emulator::Machine& m = *emulator::machine();
     emulator::count_step();
     if (emulator::number(word) % 4 != 0) emulator::fail("adds to a word at a misaligned address");
     emulator::check_global(word, 4, emulator::Global::ATOMIC, "adds to");
@@ -234,7 +236,7 @@ uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
 }
 
 void nibble_wait_for_lower_blocks(const uint32_t* word, uint32_t value) {
-    emulator::Machine& m = *emulator::machine;
+    emulator::Machine& m = *emulator::machine();
     emulator::count_step();
     if (emulator::number(word) % 4 != 0) emulator::fail("waits for a word at a misaligned address");
     emulator::check_global(word, 4, emulator::Global::ATOMIC, "waits for");

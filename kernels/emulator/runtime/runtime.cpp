@@ -6,6 +6,7 @@
 #include "memory.h"
 #include "warpgroup.h"
 
+#include <memory>
 #include <numeric>
 
 namespace emulator {
@@ -46,7 +47,7 @@ static void call_kernel(const NibbleLaunch& launch) {
 
 // Where each fiber begins.
 static void run_thread() {
-    Machine& m = *machine;
+    Machine& m = *machine();
     call_kernel(*m.launch);
     Warp& warp = m.current_warp();
     warp.runnable &= ~m.current_bit();
@@ -83,9 +84,9 @@ static void run_block(Machine& m, u32 block) {
         warp.runnable = warp.all();
         warp.barrier_stamp = 0;
         warp.log.forget();
-        warpgroup_states[index].clear();
+        warp.warpgroup.clear();
     }
-    m.current = &next_lane(*random_warp(), m.random(WARP));
+    m.current = &next_lane(m, *random_warp(m), m.random(WARP));
     nibble_switch_fiber(&m.host_context, m.current->context);
 }
 
@@ -99,24 +100,18 @@ static const char* refusal(const NibbleLaunch& launch) {
     return nullptr;
 }
 
-static Machine& machine_of_this_thread() {
-    static thread_local std::unique_ptr<Machine> own;
-    if (!own) own = std::make_unique<Machine>();
-    return *own;
-}
-
 }  // namespace emulator
 
 extern "C" {
 
-uint32_t nibble_thread_index() { return emulator::machine->current->index; }
-uint32_t nibble_block_index(uint32_t dimension) { return emulator::machine->block_index[dimension]; }
-uint32_t nibble_grid_size(uint32_t dimension) { return emulator::machine->launch->grid[dimension]; }
-uint8_t* nibble_shared_memory() { return emulator::machine->shared; }
+uint32_t nibble_thread_index() { return emulator::machine()->current->index; }
+uint32_t nibble_block_index(uint32_t dimension) { return emulator::machine()->block_index[dimension]; }
+uint32_t nibble_grid_size(uint32_t dimension) { return emulator::machine()->launch->grid[dimension]; }
+uint8_t* nibble_shared_memory() { return emulator::machine()->shared; }
 
 void nibble_block_barrier() {
     using namespace emulator;
-    Machine& m = *machine;
+    Machine& m = *machine();
     Warp& warp = m.current_warp();
     count_step();
     if (++m.waiting < m.launch->block) {
@@ -127,12 +122,12 @@ void nibble_block_barrier() {
     m.waiting = 0;
     m.report->block_barriers++;
     m.shadow.pass_block_barrier();
-    warp.log.flush(m.report->shared_cycles, m.report->shared_conflict_cycles);
+    warp.log.flush(*m.report);
     for (u32 i = 0; i < m.warp_count(); i++) {
         m.warps[i].at_barrier = 0;
         m.warps[i].runnable = m.warps[i].all();
     }
-    run_warp(*random_warp());
+    run_warp(*random_warp(m));
 }
 
 // Defined by NIBBLE_BLOCKS_START_IN_ORDER.
@@ -145,31 +140,24 @@ int nibble_emulator_launch(const NibbleLaunch* launch, NibbleReport* report) {
         snprintf(report->error, sizeof report->error, "%s: %s", launch->name, reason);
         return 1;
     }
-    Machine& m = machine_of_this_thread();
-    m.launch = launch;
-    m.report = report;
-    m.failed = false;
+    // Made anew for each launch: a process has dozens of kernels loaded, and each thread of a block costs mappings.
+    auto own = std::make_unique<Machine>(launch, report);
+    Machine& m = *own;
     m.random_state = launch->seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u;
-    m.last_range = {};
-    m.last_writes = nullptr;
     m.shared_bytes = launch->shared_bytes;
     m.shared_storage.resize(launch->shared_bytes + 2 * SHARED_MARGIN + SHARED_ALIGNMENT);
     u64 first = number(m.shared_storage.data()) + SHARED_MARGIN;
     m.shared = reinterpret_cast<u8*>((first + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT);
     m.shadow.resize(launch->shared_bytes);
-    machine = &m;
     std::vector<u32> order(static_cast<size_t>(launch->grid[0]) * launch->grid[1] * launch->grid[2]);
     std::iota(order.begin(), order.end(), 0);
     const bool any_order = &nibble_blocks_start_in_order == nullptr;
     for (u32 i = static_cast<u32>(order.size()); any_order && i > 1; i--) std::swap(order[i - 1], order[m.random(i)]);
-    warpgroup_states.resize(MAX_THREADS / WARP);
     m.global_shadow.start(static_cast<u32>(order.size()));
     for (u32 block : order) {
         run_block(m, block);
         if (m.failed) break;
     }
-    m.global_shadow.clear();
-    machine = nullptr;
     return m.failed;
 }
 }

@@ -12,40 +12,7 @@ namespace emulator {
 
 constexpr u32 MAX_COLUMNS = 256;
 
-// A product that was started by all lanes of a warp.
-struct WarpgroupProduct {
-    float* sums[WARP];
-    const u32* a[WARP];
-    u64 b;
-    u32 columns;
-    bool bfloat;
-    u32 stamp;
-};
-
-// What a warp has started and not waited for.
-struct WarpgroupState {
-    std::vector<WarpgroupProduct> products;
-    std::vector<u32> group_ends;
-    // The true sums of the products under way, by the address of lane 0's: [lane][columns / 8 * 4].
-    struct Accumulator {
-        float* key;
-        std::vector<float> values;
-        u32 under_way;
-    };
-    std::vector<Accumulator> accumulators;
-    bool fenced = false;
-
-    void clear() {
-        products.clear();
-        group_ends.clear();
-        accumulators.clear();
-        fenced = false;
-    }
-};
-
-static thread_local std::vector<WarpgroupState> warpgroup_states;
-
-static WarpgroupState& warpgroup_state() { return warpgroup_states[machine->current->index / WARP]; }
+static WarpgroupState& warpgroup_state() { return machine()->current_warp().warpgroup; }
 
 // Slot: what a lane gives to a product.
 struct WarpgroupSlot {
@@ -72,7 +39,7 @@ static u32 column_offset(u64 b, u32 column, u32 chunk) {
 
 // Each 16 bytes of the columns must have been written, ordered and fenced before; if `since` is a stamp, not after it.
 static void check_columns(const WarpgroupProduct& product, u32 since) {
-    Machine& m = *machine;
+    Machine& m = *machine();
     for (u32 column = 0; column < product.columns; column++) {
         for (u32 chunk = 0; chunk < 2; chunk++) {
             u32 offset = shared_offset(m.shared + column_offset(product.b, column, chunk), 16, "multiplies by");
@@ -92,7 +59,7 @@ static void check_columns(const WarpgroupProduct& product, u32 since) {
 
 static void start_product(Warp& warp) {
     require_whole_warp(warp, "a product of a warpgroup");
-    Machine& m = *machine;
+    Machine& m = *machine();
     WarpgroupState& state = warpgroup_state();
     WarpgroupSlot first = warpgroup_slot(warp, 0);
     if (!state.fenced) fail("a product of a warpgroup with no warpgroup_fence since the last commit");
@@ -139,7 +106,7 @@ static void finish_product(WarpgroupState& state, const WarpgroupProduct& produc
         u32 words[8];
         float b[16];
         for (u32 chunk = 0; chunk < 2; chunk++) {
-            memcpy(words + 4 * chunk, machine->shared + column_offset(product.b, column, chunk), 16);
+            memcpy(words + 4 * chunk, machine()->shared + column_offset(product.b, column, chunk), 16);
         }
         (product.bfloat ? expand_bf16 : expand_f16)(words, b, 8);
         for (u32 row = 0; row < 16; row++) {
@@ -182,7 +149,7 @@ extern "C" {
 
 void nibble_shared_proxy_fence() {
     emulator::count_step();
-    emulator::machine->current->proxy_fence = ++emulator::machine->shadow.stamp;
+    emulator::machine()->current->proxy_fence = ++emulator::machine()->shadow.stamp;
 }
 
 void nibble_warpgroup_fence() { emulator::join(emulator::fence_registers); }

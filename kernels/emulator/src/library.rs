@@ -28,6 +28,10 @@ pub struct Report {
     pub async_copies: u64,
     /// Bytes they read.
     pub async_bytes: u64,
+    /// Sectors of 32 bytes of global memory that warps' requests move.
+    pub global_sectors: u64,
+    /// Sectors that the bytes they ask for would fill: fewer where accesses are scattered.
+    pub global_full_sectors: u64,
     /// Block barriers passed, once for each block.
     pub block_barriers: u64,
     /// Shuffles of warps.

@@ -4,7 +4,9 @@
 
 #include "common.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(NIBBLE_EMULATOR)
+#include "warpgroup_emulator.h"
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define NIBBLE_WARPGROUP 1
 
 // Describes a matrix in shared memory whose columns are rows of 64 16-bit elements, 128 bytes each, their 16-byte

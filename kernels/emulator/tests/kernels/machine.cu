@@ -119,6 +119,10 @@ NIBBLE_KERNEL(32, 1) strided(u32* output, u32 stride) {
     output[thread_index()] = load_16(words + thread_index() * stride).x;
 }
 
+NIBBLE_KERNEL(32, 1) scattered(const u32* input, u32* output, u32 stride) {
+    output[thread_index()] = input[thread_index() * stride];
+}
+
 // Each way to go wrong.
 NIBBLE_KERNEL(64, 1) faulty(u32* memory, u32 fault) {
     u32* shared = reinterpret_cast<u32*>(shared_memory());

@@ -290,6 +290,19 @@ fn bank_conflicts_are_counted() {
 }
 
 #[test]
+fn sectors_of_global_memory_are_counted() {
+    let emulator = Emulator::new(1);
+    // Words side by side fill their sectors; words a sector apart take one each; one word for all takes one.
+    for (stride, sectors, full) in [(1, 4, 4), (8, 32, 4), (0, 1, 1), (12, 32, 4)] {
+        let (input, output) = (Bytes::words(&emulator, &[7; 512]), Bytes::words(&emulator, &[0; 32]));
+        let arguments = [input.argument(), output.argument(), Argument::U32(stride)];
+        let report = run(&emulator, "scattered", (1, 32), 0, &arguments).unwrap();
+        // The output's four sectors are full.
+        assert_eq!((report.global_sectors, report.global_full_sectors), (sectors + 4, full + 4), "{stride}");
+    }
+}
+
+#[test]
 fn every_fault_is_named_whatever_the_order() {
     let faults = [
         (0, ""),

@@ -10,6 +10,7 @@ mod lab;
 mod machine;
 mod mutations;
 mod paged_attention;
+mod refusals;
 mod rms_norm;
 mod rotary_embedding;
 mod silu_mul;

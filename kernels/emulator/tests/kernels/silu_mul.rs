@@ -116,7 +116,10 @@ fn whole_vectors_are_moved_sixteen_bytes_at_a_time(lab: &Lab) -> Outcome {
     device.cuda.silu_mul(args).map_err(|error| error.to_string())?;
     let report = device.emulator.report();
     let as_expected = report.global_loads == [0, 0, 0, 0, 1024] && report.global_stores == [0, 0, 0, 0, 512];
-    check(as_expected, || format!("other accesses than 16 bytes: {report:?}"))
+    check(as_expected, || format!("other accesses than 16 bytes: {report:?}"))?;
+    let full =
+        report.global_sectors == 3 * 4096 * 2 / 32 && report.global_full_sectors == report.global_sectors;
+    check(full, || format!("other sectors than those of the vectors: {report:?}"))
 }
 
 #[test]

@@ -1,12 +1,15 @@
 //! The product with 4-bit weights: tiles that workers share, steps in a ring of stages.
 
+use nibble_kernel_emulator::Emulator;
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::backend::Device;
 use nibble_kernels::device::cuda::Element;
 use nibble_kernels::ops::w4a16_matmul::{self, Args, W4a16Matmul, reference};
 use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
 
-use crate::lab::{Lab, Outcome, Suite, check, check_rounded, check_same_bits, random, random_words};
+use crate::lab::{
+    Lab, Outcome, Suite, TestDevice, check, check_rounded, check_same_bits, random, random_words,
+};
 
 pub(crate) const SUITE: Suite = Suite {
     source: w4a16_matmul::cuda::SOURCES[0],
@@ -14,6 +17,7 @@ pub(crate) const SUITE: Suite = Suite {
         ("every form agrees with the reference", every_form_agrees_with_the_reference),
         ("a row alone", a_row_has_the_same_bits_alone_and_in_any_batch),
         ("shared memory", shared_memory_has_no_conflicts),
+        ("Hopper", hopper_agrees_with_the_reference_and_rows_with_themselves),
     ],
     faults: &[
         fault("no barrier before a stage is read", "#endif\n    block_barrier();", 0, "#endif"),
@@ -170,6 +174,13 @@ pub(crate) const SUITE: Suite = Suite {
             "input[row + position + 0 * permutation[position]]",
         ),
         fault("permuted inputs past the end", "if (position < k)", 0, "if (position <= k)"),
+        fault("Hopper: copies are not fenced", "    shared_proxy_fence();\n", 0, ""),
+        fault("Hopper: registers are not fenced", "        warpgroup_fence();\n", 0, ""),
+        fault("Hopper: weights are overwritten", "groups_under_way - 1>();", 0, "groups_under_way>();"),
+        fault("Hopper: stages are overwritten", "ahead = stages - 2", 0, "ahead = stages - 1"),
+        fault("Hopper: sums are not waited for", "    warpgroup_wait<0>();\n", 0, ""),
+        fault("Hopper: the other half of the inputs", "sixteen / 4 * (rows * 8)", 0, "0 * (rows * 8)"),
+        fault("Hopper: a group is not closed", "        warpgroup_commit();\n", 0, ""),
     ],
 };
 
@@ -244,8 +255,11 @@ impl Problem {
 
     /// The product of the first `rows` rows.
     fn run(&self, lab: &Lab, rows: usize, multiprocessors: u32) -> Result<Product, String> {
-        let Shape { element, outputs, inputs, .. } = self.shape;
-        let device = lab.device_of_size(element, rows as u64, multiprocessors);
+        self.run_on(&lab.device_of_size(self.shape.element, rows as u64, multiprocessors), rows)
+    }
+
+    fn run_on(&self, device: &TestDevice, rows: usize) -> Result<Product, String> {
+        let Shape { outputs, inputs, .. } = self.shape;
         let weight = device.cuda.pack_quantized("weight", &self.weight).map_err(|error| error.to_string())?;
         let (input, bias) = (device.upload(&self.input[..rows * inputs]), device.upload(&self.bias));
         let mut found = Vec::new();
@@ -260,6 +274,21 @@ impl Problem {
         check_same_bits("the second time", &found[1], &found[0])?;
         let conflict_cycles = report.matrix_conflict_cycles + report.shared_conflict_cycles;
         Ok(Product { output: found.swap_remove(0), conflict_cycles })
+    }
+
+    fn check(&self, rows: usize, found: &[f32]) -> Outcome {
+        let Shape { element, outputs, inputs, .. } = self.shape;
+        let input = &self.input[..rows * inputs];
+        let expected = reference::w4a16_matmul(input, &self.weight, Some(&self.bias));
+        let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+        // The product of a code and its scale is rounded once, to the element.
+        let unit = match element {
+            Element::F16 => 2f64.powi(-11),
+            Element::BF16 => 2f64.powi(-8),
+        };
+        let largest = self.weight.dequantize().iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
+        let allowed = 4.0 * unit * f64::from(largest) * (inputs as f64).sqrt();
+        check_rounded(&format!("{rows}x{outputs}x{inputs}"), element, found, &expected, |_| allowed)
     }
 }
 
@@ -276,18 +305,7 @@ fn every_form_agrees_with_the_reference(lab: &Lab) -> Outcome {
         (200, shape(F16, 1100, 640, 32, false)),
     ] {
         let problem = Problem::new(shape, rows);
-        let expected = reference::w4a16_matmul(&problem.input, &problem.weight, Some(&problem.bias));
-        let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
-        let found = problem.run(lab, rows, MULTIPROCESSORS)?.output;
-        // The product of a code and its scale is rounded once, to the element.
-        let unit = match shape.element {
-            F16 => 2f64.powi(-11),
-            BF16 => 2f64.powi(-8),
-        };
-        let largest = problem.weight.dequantize().iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
-        let allowed = 4.0 * unit * f64::from(largest) * (shape.inputs as f64).sqrt();
-        let what = format!("{rows}x{}x{}", shape.outputs, shape.inputs);
-        check_rounded(&what, shape.element, &found, &expected, |_| allowed)?;
+        problem.check(rows, &problem.run(lab, rows, MULTIPROCESSORS)?.output)?;
     }
     Ok(())
 }
@@ -299,6 +317,26 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch(lab: &Lab) -> Outcome {
         for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129] {
             let found = problem.run(lab, rows, MULTIPROCESSORS)?.output;
             check_same_bits(&format!("{rows} rows"), &found, &whole[..rows * shape.outputs])?;
+        }
+    }
+    Ok(())
+}
+
+fn hopper_agrees_with_the_reference_and_rows_with_themselves(lab: &Lab) -> Outcome {
+    for shape in [
+        shape(Element::F16, 300, 1152, 128, false),
+        shape(Element::BF16, 263, 520, 32, true),
+        shape(Element::F16, 520, 640, 64, false),
+    ] {
+        let problem = Problem::new(shape, 129);
+        let run = |rows: usize| {
+            let emulator = Emulator::hopper(rows as u64).with_multiprocessors(MULTIPROCESSORS);
+            problem.run_on(&lab.device_on(emulator, shape.element), rows)
+        };
+        let whole = run(129)?.output;
+        problem.check(129, &whole)?;
+        for rows in [1, 8, 16, 30, 64, 65] {
+            check_same_bits(&format!("{rows} rows"), &run(rows)?.output, &whole[..rows * shape.outputs])?;
         }
     }
     Ok(())
@@ -321,6 +359,11 @@ fn every_form_of_w4a16_matmul_agrees_with_the_reference() -> Outcome {
 #[test]
 fn a_row_of_w4a16_matmul_has_the_same_bits_alone_and_in_any_batch() -> Outcome {
     a_row_has_the_same_bits_alone_and_in_any_batch(&Lab::sound())
+}
+
+#[test]
+fn w4a16_matmul_on_hopper_agrees_with_the_reference_and_rows_with_themselves() -> Outcome {
+    hopper_agrees_with_the_reference_and_rows_with_themselves(&Lab::sound())
 }
 
 #[test]

@@ -7,7 +7,7 @@
 
 constexpr u32 THREADS = 128;
 
-NIBBLE_KERNEL(THREADS, 16) embedding(const u32* token_ids, const u16* table, u16* output, u32 hidden) {
+NIBBLE_KERNEL(THREADS, 12) embedding(const u32* token_ids, const u16* table, u16* output, u32 hidden) {
     u32 row = block_index_x();
     u32 first = (block_index_y() * THREADS + thread_index()) * 8;
     if (first >= hidden) return;

@@ -7,7 +7,7 @@
 
 constexpr u32 THREADS = 128;
 
-NIBBLE_KERNEL(THREADS, 16) gather_rows(const u16* input, const u32* rows, u16* output, u32 width) {
+NIBBLE_KERNEL(THREADS, 12) gather_rows(const u16* input, const u32* rows, u16* output, u32 width) {
     u32 row = block_index_x();
     u32 first = (block_index_y() * THREADS + thread_index()) * 8;
     if (first >= width) return;

@@ -35,9 +35,9 @@ NIBBLE_DEVICE void silu_mul(const u16* gate, const u16* up, u16* output, u32 ele
     }
 }
 
-NIBBLE_KERNEL(THREADS, 16) silu_mul_f16(const u16* gate, const u16* up, u16* output, u32 elements) {
+NIBBLE_KERNEL(THREADS, 12) silu_mul_f16(const u16* gate, const u16* up, u16* output, u32 elements) {
     silu_mul<F16>(gate, up, output, elements);
 }
-NIBBLE_KERNEL(THREADS, 16) silu_mul_bf16(const u16* gate, const u16* up, u16* output, u32 elements) {
+NIBBLE_KERNEL(THREADS, 12) silu_mul_bf16(const u16* gate, const u16* up, u16* output, u32 elements) {
     silu_mul<BF16>(gate, up, output, elements);
 }
