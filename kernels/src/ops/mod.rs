@@ -67,7 +67,7 @@ pub fn cuda_sources() -> Vec<Source> {
         rotary_embedding::cuda::SOURCE,
         silu_mul::cuda::SOURCE,
     ];
-    sources.extend(paged_attention::cuda::sources());
+    sources.extend(paged_attention::cuda::SOURCES);
     sources.extend(w4a16_matmul::cuda::SOURCES);
     sources
 }
