@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_kernels::{Backend, KernelError};
 use nibble_kernels::device::cpu::{Activations, Cpu};
 use nibble_kernels::device::cuda::card::Card;
 use nibble_kernels::device::cuda::compiler::Compiler;
 use nibble_kernels::device::cuda::driver::Driver;
 use nibble_kernels::device::cuda::{Cuda, Element, Memory};
 use nibble_kernels::tensor::FloatType;
+use nibble_kernels::{Backend, KernelError};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::config::ModelConfig;
 use nibble_model::forward::Model;

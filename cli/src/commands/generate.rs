@@ -10,10 +10,10 @@ use nibble_engine::{
     Engine, EngineConfig, EventSink, FinishReason, ModelRunner, Request, RequestEvent, SamplingParameters,
     SinkState,
 };
+use nibble_kernels::Backend;
 use nibble_model::chat_template::{ChatInputs, ChatTemplate};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::detokenizer::Detokenizer;
-use nibble_kernels::Backend;
 use nibble_model::forward::BLOCK_SIZE;
 use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
@@ -104,7 +104,10 @@ struct StartEngine<'a> {
 impl Work for StartEngine<'_> {
     type Output = Engine;
 
-    fn run<B: Backend + Send + 'static>(self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<Engine> {
+    fn run<B: Backend + Send + 'static>(
+        self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<Engine> {
         let model = load(self.checkpoint, open()?, self.tokens)?;
         let runner = ModelRunner::new(model, self.tokens.div_ceil(BLOCK_SIZE))?;
         Ok(Engine::start(Box::new(runner), EngineConfig::default())?)

@@ -80,11 +80,14 @@ impl Random {
     }
 
     /// Uniform values whose outputs are as large as their inputs.
-    fn dense(&mut self, out_features: usize, in_features: usize) -> Result<DenseMatrix<'static>, KernelError> {
+    fn dense(
+        &mut self,
+        out_features: usize,
+        in_features: usize,
+    ) -> Result<DenseMatrix<'static>, KernelError> {
         let size = (3.0 / in_features as f32).sqrt();
         let uniform = |random: &mut Self| (random.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        let distinct: Vec<f16> =
-            (0..DENSE_VALUES).map(|_| f16::from_f32(uniform(self) * size)).collect();
+        let distinct: Vec<f16> = (0..DENSE_VALUES).map(|_| f16::from_f32(uniform(self) * size)).collect();
         let count = out_features * in_features;
         let mut values = Vec::with_capacity(count + 3);
         while values.len() < count {
@@ -96,7 +99,11 @@ impl Random {
     }
 
     /// The weight of a linear layer, quantized as the model says.
-    fn linear(&mut self, config: &ModelConfig, spec: &LinearSpec) -> Result<LinearWeight<'static>, KernelError> {
+    fn linear(
+        &mut self,
+        config: &ModelConfig,
+        spec: &LinearSpec,
+    ) -> Result<LinearWeight<'static>, KernelError> {
         let (out_features, in_features) = (spec.out_features, spec.in_features);
         let settings = config.quantization.as_ref().and_then(|settings| settings.settings_of(&spec.name));
         let Some(settings) = settings else {

@@ -88,7 +88,8 @@ pub(super) fn run(arguments: &KernelsArguments) -> anyhow::Result<()> {
     let mut measured = Vec::new();
     let mut report = |one: Measured| {
         if !arguments.json {
-            let (bytes, operations) = (one.bytes / one.microseconds / 1e3, one.operations / one.microseconds / 1e6);
+            let (bytes, operations) =
+                (one.bytes / one.microseconds / 1e3, one.operations / one.microseconds / 1e6);
             let part = 1e11 * bytes / bandwidth;
             println!(
                 "{:10.1} {bytes:7.0} {part:6.1}% {operations:8.2}  {} {}",
@@ -118,7 +119,10 @@ struct Measurement<'a> {
 impl Work for Measurement<'_> {
     type Output = ();
 
-    fn run<B: Backend + Send + 'static>(mut self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<()> {
+    fn run<B: Backend + Send + 'static>(
+        mut self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<()> {
         let backend = open()?;
         for operation in &self.arguments.operations {
             match operation.as_str() {
@@ -130,9 +134,14 @@ impl Work for Measurement<'_> {
                 "dense_matmul" => self.dense_products(&backend)?,
                 "paged_attention" => {
                     // Decoding 64 sequences, then prompts.
-                    for (sequences, rows, tokens) in
-                        [(64, 1, 1024), (64, 1, 4096), (1, 1, 1024), (1, 1, 32_768), (1, 2048, 2048), (4, 512, 4096)]
-                    {
+                    for (sequences, rows, tokens) in [
+                        (64, 1, 1024),
+                        (64, 1, 4096),
+                        (1, 1, 1024),
+                        (1, 1, 32_768),
+                        (1, 2048, 2048),
+                        (4, 512, 4096),
+                    ] {
                         self.attention(&backend, sequences, rows, tokens)?;
                     }
                 }
@@ -200,8 +209,7 @@ impl Measurement<'_> {
             let input = ones(backend, rows * inputs)?;
             let mut output = backend.buffer(rows * outputs)?;
             let activations = rows * (inputs + outputs) * backend.activation_bytes();
-            let work =
-                ((weight.bytes() + activations) as f64, 2.0 * (rows * outputs) as f64 * inputs as f64);
+            let work = ((weight.bytes() + activations) as f64, 2.0 * (rows * outputs) as f64 * inputs as f64);
             self.measure(("dense_matmul", format!("{rows} x {outputs} x {inputs}")), 1, work, &mut || {
                 let (input, weight, output) = (&input, &weight, &mut output);
                 backend.dense_matmul(dense_matmul::Args { input, weight, bias: None, output, rows })
@@ -236,7 +244,9 @@ impl Measurement<'_> {
         let bytes = (2 * elements + 2 * all_rows * heads * head_dim) * element_bytes;
         let seen: usize = (0..rows).map(|row| tokens - rows + row + 1).sum();
         let operations = 4.0 * (sequences * heads * head_dim) as f64 * seen as f64;
-        let shape = format!("{sequences} sequences, {rows} of {tokens} tokens, {heads}/{kv_heads} heads of {head_dim}");
+        let shape = format!(
+            "{sequences} sequences, {rows} of {tokens} tokens, {heads}/{kv_heads} heads of {head_dim}"
+        );
         self.measure(("paged_attention", shape), 1, (bytes as f64, operations), &mut || {
             backend.paged_attention(paged_attention::Args {
                 query: &query,
@@ -265,17 +275,22 @@ impl Measurement<'_> {
             let mut output = backend.buffer(rows * width)?;
             let bytes = ((4 * rows + 1) * width * backend.activation_bytes()) as f64;
             let operations = (5 * rows * width) as f64;
-            self.measure(("rms_norm", format!("{rows} x {width} + addend")), 1, (bytes, operations), &mut || {
-                backend.rms_norm(rms_norm::Args {
-                    residual: &mut residual,
-                    addend: Some(&addend),
-                    weight: &weight,
-                    output: &mut output,
-                    rows,
-                    width,
-                    epsilon: 1e-5,
-                })
-            })?;
+            self.measure(
+                ("rms_norm", format!("{rows} x {width} + addend")),
+                1,
+                (bytes, operations),
+                &mut || {
+                    backend.rms_norm(rms_norm::Args {
+                        residual: &mut residual,
+                        addend: Some(&addend),
+                        weight: &weight,
+                        output: &mut output,
+                        rows,
+                        width,
+                        epsilon: 1e-5,
+                    })
+                },
+            )?;
         }
         Ok(())
     }

@@ -87,7 +87,10 @@ struct StartEngine<'a> {
 impl Work for StartEngine<'_> {
     type Output = Engine;
 
-    fn run<B: Backend + Send + 'static>(self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<Engine> {
+    fn run<B: Backend + Send + 'static>(
+        self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<Engine> {
         let Self { model, arguments } = self;
         let tokens = arguments.prompt_tokens + arguments.output_tokens;
         let model = model.load(open()?, tokens)?;

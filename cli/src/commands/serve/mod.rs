@@ -190,7 +190,10 @@ struct StartEngine<'a> {
 impl Work for StartEngine<'_> {
     type Output = Engine;
 
-    fn run<B: Backend + Send + 'static>(self, open: &dyn Fn() -> anyhow::Result<B>) -> anyhow::Result<Engine> {
+    fn run<B: Backend + Send + 'static>(
+        self,
+        open: &dyn Fn() -> anyhow::Result<B>,
+    ) -> anyhow::Result<Engine> {
         let mut model = load(self.checkpoint, open()?, self.plan.max_model_len)?;
         if let Some(test) = self.self_test {
             let difference = test.check_model(&mut model, self.checkpoint.directory())?;

@@ -12,7 +12,10 @@ use super::driver::Source;
 use crate::error::KernelError;
 
 /// The headers that sources include: name and text.
-const HEADERS: &[(&CStr, &str)] = &[(c"common.cuh", include_str!("../../cuda/common.cuh"))];
+const HEADERS: &[(&CStr, &str)] = &[
+    (c"common.cuh", include_str!("../../cuda/common.cuh")),
+    (c"warpgroup.cuh", include_str!("../../cuda/warpgroup.cuh")),
+];
 
 /// What NVRTC is told besides the architecture.
 const OPTIONS: [&str; 1] = ["--std=c++17"];

@@ -29,7 +29,13 @@ pub(crate) fn check<D: DenseMatmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             let with_bias = rows > 1 && rows % 8 == 1;
             let mut output = checker.output(rows * outputs)?;
             let bias = with_bias.then_some(&bias);
-            checker.device.dense_matmul(Args { input: &input, weight: &weight, bias, output: &mut output, rows })?;
+            checker.device.dense_matmul(Args {
+                input: &input,
+                weight: &weight,
+                bias,
+                output: &mut output,
+                rows,
+            })?;
             let found = checker.values(&output, rows * outputs)?;
             let case = format!("{rows} x {outputs} x {inputs}");
             let biases = with_bias.then_some(&some_biases[..]);
@@ -41,7 +47,9 @@ pub(crate) fn check<D: DenseMatmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             checker.compare(NAME, case.clone(), (&picked, &expected), allowed);
             match (rows, with_bias) {
                 (200, _) => whole = found,
-                (_, false) => checker.same_bits(NAME, format!("{case}: as of 200"), &found, &whole[..found.len()]),
+                (_, false) => {
+                    checker.same_bits(NAME, format!("{case}: as of 200"), &found, &whole[..found.len()])
+                }
                 _ => {}
             }
         }

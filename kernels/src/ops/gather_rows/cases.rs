@@ -10,7 +10,13 @@ pub(crate) fn check<D: GatherRows>(checker: &mut Checker<'_, D>) -> Result<(), K
         let rows: Vec<u32> = (0..count as u32).map(|row| (row * 7919 + 3) % from as u32).collect();
         let mut output = checker.output(count * width)?;
         let indices = &checker.indices(&rows)?;
-        checker.device.gather_rows(Args { input: &input, rows: indices, output: &mut output, count, width })?;
+        checker.device.gather_rows(Args {
+            input: &input,
+            rows: indices,
+            output: &mut output,
+            count,
+            width,
+        })?;
         let expected: Vec<f32> =
             rows.iter().flat_map(|&row| &values[row as usize * width..][..width]).copied().collect();
         let found = checker.values(&output, count * width)?;

@@ -48,7 +48,8 @@ pub(crate) fn check<D: PagedAttention + RotaryEmbedding>(
         let whole = world.attend(checker, &(0..sequences.len()).collect::<Vec<_>>(), 0)?;
         let (found, expected) = world.reference(&whole);
         let largest = expected.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-        let allowed = |expected: f32, roundoff: f32| 1.05 * roundoff * expected.abs() + 2.0 * roundoff * largest + 2e-6;
+        let allowed =
+            |expected: f32, roundoff: f32| 1.05 * roundoff * expected.abs() + 2.0 * roundoff * largest + 2e-6;
         let Shape { heads, kv_heads, head_dim, window } = shape;
         let window = if window == ALL { String::new() } else { format!(", window {window}") };
         let name = format!("{heads}/{kv_heads} x {head_dim}, {sequences:?}{window}");
@@ -97,7 +98,8 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
             // Every second block belongs to nobody; a sequence's blocks lie backwards.
             let used = tokens.div_ceil(BLOCK_SIZE) as u32;
             let table: Vec<u32> = (0..used).rev().map(|block| 2 * (blocks + block) + 1).collect();
-            let slot = |token: usize| table[token / BLOCK_SIZE] * BLOCK_SIZE as u32 + (token % BLOCK_SIZE) as u32;
+            let slot =
+                |token: usize| table[token / BLOCK_SIZE] * BLOCK_SIZE as u32 + (token % BLOCK_SIZE) as u32;
             slots.extend((0..tokens).map(slot));
             block_tables.push(table);
             blocks += used;
@@ -126,7 +128,18 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
             kv_heads,
             head_dim,
         })?;
-        Ok(Self { shape, tokens, rows, first_keys, block_tables, queries, keys, values, key_cache, value_cache })
+        Ok(Self {
+            shape,
+            tokens,
+            rows,
+            first_keys,
+            block_tables,
+            queries,
+            keys,
+            values,
+            key_cache,
+            value_cache,
+        })
     }
 
     /// Attention of `sequences`, without the first `skipped` rows of each.
@@ -142,7 +155,9 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
         for &sequence in sequences {
             let of_sequence = self.rows[sequence].start + skipped..self.rows[sequence].end;
             let first_position = self.tokens[sequence] - of_sequence.len();
-            words.extend([rows, of_sequence.len(), first_position, block_tables.len()].map(|word| word as u32));
+            words.extend(
+                [rows, of_sequence.len(), first_position, block_tables.len()].map(|word| word as u32),
+            );
             rows += of_sequence.len();
             queries.extend_from_slice(&self.queries[of_sequence.start * width..of_sequence.end * width]);
             block_tables.extend_from_slice(&self.block_tables[sequence]);
@@ -179,12 +194,17 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
                     let at = (row * heads + head) * head_dim;
                     let of_head = |source: &[f32]| -> Vec<f32> {
                         let start = |key: usize| {
-                            ((self.first_keys[sequence] + key) * kv_heads + head / (heads / kv_heads)) * head_dim
+                            ((self.first_keys[sequence] + key) * kv_heads + head / (heads / kv_heads))
+                                * head_dim
                         };
                         visible.clone().flat_map(|key| &source[start(key)..][..head_dim]).copied().collect()
                     };
                     let query = &self.queries[at..][..head_dim];
-                    expected.extend(reference::attention(query, &of_head(&self.keys), &of_head(&self.values)));
+                    expected.extend(reference::attention(
+                        query,
+                        &of_head(&self.keys),
+                        &of_head(&self.values),
+                    ));
                     found.extend_from_slice(&whole[at..][..head_dim]);
                 }
             }

@@ -9,7 +9,9 @@ use crate::ops::paged_attention::{BLOCK_SIZE, cache_elements};
 const POSITIONS: usize = 100;
 
 pub(crate) fn check<D: RotaryEmbedding>(checker: &mut Checker<'_, D>) -> Result<(), KernelError> {
-    for (rows, heads, kv_heads, head_dim) in [(1, 64, 8, 128), (33, 9, 3, 64), (200, 32, 8, 128), (5, 4, 2, 16)] {
+    for (rows, heads, kv_heads, head_dim) in
+        [(1, 64, 8, 128), (33, 9, 3, 64), (200, 32, 8, 128), (5, 4, 2, 16)]
+    {
         let half = head_dim / 2;
         let angle = |at: usize| (at / half) as f32 * 0.3 / (at % half + 1) as f32;
         let table = |function: fn(f32) -> f32| -> Vec<f32> {
@@ -40,7 +42,9 @@ pub(crate) fn check<D: RotaryEmbedding>(checker: &mut Checker<'_, D>) -> Result<
             kv_heads,
             head_dim,
         })?;
-        for (name, rotated, source, heads) in [("query", &query, &queries, heads), ("key", &key, &keys, kv_heads)] {
+        for (name, rotated, source, heads) in
+            [("query", &query, &queries, heads), ("key", &key, &keys, kv_heads)]
+        {
             let expected: Vec<f32> = (0..source.len())
                 .map(|at| {
                     let (row, element) = (at / (heads * head_dim), at % head_dim);

@@ -51,7 +51,13 @@ pub(crate) fn check<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             let with_bias = rows > 1 && rows % 8 == 1;
             let mut output = checker.output(rows * outputs)?;
             let bias = with_bias.then_some(&bias);
-            checker.device.w4a16_matmul(Args { input: &input, weight: &weight, bias, output: &mut output, rows })?;
+            checker.device.w4a16_matmul(Args {
+                input: &input,
+                weight: &weight,
+                bias,
+                output: &mut output,
+                rows,
+            })?;
             let found = checker.values(&output, rows * outputs)?;
             let name = format!(
                 "{rows} x {outputs} x {inputs}, groups of {}{}{}",
@@ -69,7 +75,9 @@ pub(crate) fn check<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             checker.compare(NAME, name.clone(), (&picked, &expected), allowed);
             match (rows, with_bias) {
                 (300, _) => whole = found,
-                (_, false) => checker.same_bits(NAME, format!("{name}: as of 300"), &found, &whole[..found.len()]),
+                (_, false) => {
+                    checker.same_bits(NAME, format!("{name}: as of 300"), &found, &whole[..found.len()])
+                }
                 _ => {}
             }
         }
