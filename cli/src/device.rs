@@ -2,7 +2,8 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_kernels::device::cpu::{Activations, Cpu};
+use nibble_kernels::backend::Activations;
+use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::Model;
 

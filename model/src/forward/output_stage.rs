@@ -5,7 +5,7 @@
 //! ```
 
 use nibble_kernels::KernelError;
-use nibble_kernels::backend::Backend;
+use nibble_kernels::backend::{Activations, Backend};
 use nibble_kernels::ops::{gather_rows, rms_norm};
 use nibble_kernels::tensor::QuantizedMatrix;
 
@@ -18,7 +18,8 @@ use crate::checkpoint::{Checkpoint, LinearWeight};
 /// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
 const LOGIT_ROWS: usize = 64;
 
-/// Inputs that share a scale in a head that is rounded when it is loaded.
+/// Bits of a head that is rounded when it is loaded, and its inputs that share a scale.
+const ROUNDED_BITS: u32 = 8;
 const ROUNDED_GROUP: usize = 128;
 
 /// The final norm, and buffers for up to [`LOGIT_ROWS`] rows.
@@ -91,7 +92,7 @@ impl<B: Backend> OutputHead<B> {
 }
 
 /// The output head of `checkpoint`: its own matrix, or the embedding table where the two are tied. A dense one of a
-/// quantized checkpoint is rounded to the bits that the device wants.
+/// quantized checkpoint is rounded where the device rounds activations.
 ///
 /// # Errors
 /// When a tensor is missing or malformed, or the device has no kernel for it.
@@ -107,9 +108,9 @@ pub(crate) fn load_output_head<B: Backend>(
     } else {
         checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?
     };
-    let weight = match (weight, backend.output_head_bits()) {
-        (LinearWeight::Dense(matrix), Some(bits)) if config.quantization.is_some() => {
-            LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, bits, ROUNDED_GROUP)?)
+    let weight = match (weight, backend.activations()) {
+        (LinearWeight::Dense(matrix), Activations::Integer) if config.quantization.is_some() => {
+            LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, ROUNDED_BITS, ROUNDED_GROUP)?)
         }
         (weight, _) => weight,
     };
