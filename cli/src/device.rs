@@ -26,7 +26,7 @@ pub(crate) struct ModelArguments {
     #[command(flatten)]
     pub(crate) device: DeviceArguments,
     /// What quantized weights multiply: int8 rounds activations to eight bits, a scale for each group, and the output
-    /// head as well, and is several times as fast; f32 takes them as they are. Without it `eval` takes f32, other
+    /// head as well, and is up to twice as fast; f32 takes them as they are. Without it `eval` takes f32, other
     /// commands int8.
     #[arg(long, value_enum)]
     activations: Option<ActivationsArgument>,
