@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use nibble_kernels::device::cpu::{Activations, Cpu};
+use nibble_kernels::backend::Activations;
+use nibble_kernels::device::cpu::Cpu;
 use nibble_kernels::device::cuda::card::Card;
 use nibble_kernels::device::cuda::compiler::Compiler;
 use nibble_kernels::device::cuda::driver::Driver;
@@ -67,7 +68,7 @@ pub(crate) struct ModelArguments {
     #[arg(long)]
     threads: Option<usize>,
     /// CPU: what quantized weights multiply. int8 rounds activations to eight bits, a scale for each group, and the
-    /// output head as well, and is several times as fast; f32 takes them as they are. Without it `eval` takes f32,
+    /// output head as well, and is up to twice as fast; f32 takes them as they are. Without it `eval` takes f32,
     /// other commands int8.
     #[arg(long, value_enum)]
     activations: Option<ActivationsArgument>,

@@ -187,12 +187,28 @@ fn a_flipped_byte_of_the_weights_is_found_before_anything_is_served() {
 
     let test = out.join("nibble_self_test.json");
     let recorded = std::fs::read_to_string(&test).unwrap();
-    let mut wrong: Value = serde_json::from_str(&recorded).unwrap();
-    let logit = wrong["logits"][3]["logit"].as_f64().unwrap();
-    wrong["logits"][3]["logit"] = (logit + 2.0 * wrong["tolerance"].as_f64().unwrap()).into();
-    std::fs::write(&test, wrong.to_string()).unwrap();
+    let recorded: Value = serde_json::from_str(&recorded).unwrap();
+    let activations = [("int8", "rounded_logits", "logits"), ("f32", "logits", "rounded_logits")];
+    for (activations, own, other) in activations {
+        let arguments = ["--self-test", "--activations", activations];
+        let wrong = |logits: &str| {
+            let mut wrong = recorded.clone();
+            let logit = wrong[logits][3]["logit"].as_f64().unwrap();
+            wrong[logits][3]["logit"] = (logit + 2.0 * wrong["tolerance"].as_f64().unwrap()).into();
+            std::fs::write(&test, wrong.to_string()).unwrap();
+        };
+        wrong(own);
+        let said = refusal_to_serve(&out, &arguments);
+        assert!(said.contains("the logit of token") && said.contains("tolerance"), "{said}");
+        wrong(other);
+        drop(Server::start(&out, &arguments));
+    }
+    let mut of_earlier_version = recorded.clone();
+    of_earlier_version.as_object_mut().unwrap().remove("rounded_logits").unwrap();
+    std::fs::write(&test, of_earlier_version.to_string()).unwrap();
     let said = refusal_to_serve(&out, &["--self-test"]);
-    assert!(said.contains("the logit of token") && said.contains("tolerance"), "{said}");
+    assert!(said.contains("rounded_logits") && said.contains("--activations f32"), "{said}");
+    drop(Server::start(&out, &["--self-test", "--activations", "f32"]));
     std::fs::write(&test, "{").unwrap();
     let said = refusal_to_serve(&out, &["--self-test"]);
     assert!(said.contains("nibble_self_test.json") && !said.contains("panicked"), "{said}");

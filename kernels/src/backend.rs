@@ -78,8 +78,18 @@ pub trait Device {
     /// When the device has not enough memory.
     fn copy_dense(&self, matrix: &Self::DenseMatrix) -> Result<Self::DenseMatrix, KernelError>;
 
-    /// Bits to which a dense output head is rounded when the rest of the model is quantized; none to keep it.
-    fn output_head_bits(&self) -> Option<u32>;
+    /// What quantized matrices multiply here.
+    fn activations(&self) -> Activations;
+}
+
+/// What quantized matrices multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// Activations as they are, in the device's activation type.
+    Float,
+    /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
+    /// inputs: faster. A dense output head of a quantized model is held in eight bits as well.
+    Integer,
 }
 
 /// A number of elements.

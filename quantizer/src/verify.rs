@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use nibble_kernels::backend::Backend;
+use nibble_kernels::backend::{Activations, Backend};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::forward::streamed_logits;
 use nibble_model::self_test::SelfTest;
@@ -23,17 +23,17 @@ pub struct Verification {
 /// Opens the checkpoint in `directory` with the loader that serves it, one matrix at a time, compares the dequantized
 /// weights of every matrix with those that `report` measured, and the logits of a prompt with those that the run
 /// computed before it wrote anything. Then writes nibble_self_test.json: the checksums, and logits that a
-/// `device` computed with one decoder layer in memory at a time.
+/// `device` with either kind of activations computed with one decoder layer in memory at a time.
 ///
 /// # Errors
 /// Names the matrix that reads back as another one, or the logit that is off. The checkpoint then has no self-test.
 pub fn verify<B: Backend>(
-    device: impl Fn() -> B,
+    device: impl Fn(Activations) -> B,
     directory: &Path,
     report: &Report,
 ) -> Result<Verification, QuantizeError> {
     let checkpoint = Checkpoint::open(directory)?;
-    let self_test = SelfTest::record(device(), &checkpoint)?;
+    let self_test = SelfTest::record(&device, &checkpoint)?;
     for matrix in &report.layers {
         let found = self_test.weights.get(&matrix.name);
         if found != Some(&matrix.checksum) {
@@ -46,7 +46,7 @@ pub fn verify<B: Backend>(
         }
     }
     let largest_logit_difference = match &report.logits {
-        Some(logits) => Some(compare(device(), &checkpoint, logits, self_test.tolerance)?),
+        Some(logits) => Some(compare(device(Activations::Float), &checkpoint, logits, self_test.tolerance)?),
         None => None,
     };
     self_test.write(directory)?;

@@ -89,6 +89,7 @@ mod tests {
 
     use super::*;
     use crate::reasoning::Thinking;
+    use crate::testing::pieces;
     use crate::tools::ToolCallFormat;
 
     fn parse(pieces: &[&str]) -> AnswerDelta {
@@ -133,11 +134,7 @@ mod tests {
             cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..8),
         ) {
             let text = parts.concat();
-            let borders: Vec<usize> = (0..=text.len()).filter(|&at| text.is_char_boundary(at)).collect();
-            let mut cuts: Vec<usize> = cuts.iter().map(|cut| borders[cut.index(borders.len())]).collect();
-            cuts.extend([0, text.len()]);
-            cuts.sort_unstable();
-            let pieces: Vec<&str> = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).collect();
+            let pieces = pieces(&text, &cuts);
             prop_assert_eq!(parse(&pieces), parse(&[&text]));
         }
     }

@@ -24,6 +24,8 @@ mod reasoning;
 mod serve;
 mod stop_strings;
 mod stream;
+#[cfg(test)]
+mod testing;
 mod tools;
 mod traces;
 mod validation;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 use nibble_kernels::Backend;
-use nibble_kernels::device::cpu::Activations;
+use nibble_kernels::backend::Activations;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, evaluate, evaluate_streamed};
 use nibble_model::tokenizer::Tokenizer;

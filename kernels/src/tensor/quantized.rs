@@ -235,6 +235,7 @@ pub fn stored_bits(bits: u32, groups: usize, inputs: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::DenseValues;
 
     fn parts() -> QuantizedParts {
         QuantizedParts {
@@ -254,6 +255,35 @@ mod tests {
         let matrix = QuantizedMatrix::new(parts()).unwrap();
         assert_eq!(matrix.dequantize(), [-4.0, 0.0, 14.0, 1.0, 2.0, -3.25]);
         assert!(!matrix.is_symmetric());
+    }
+
+    fn dense(out_features: usize, in_features: usize, values: &[f32]) -> DenseMatrix<'_> {
+        DenseMatrix::new(out_features, in_features, DenseValues::F32(values.into())).unwrap()
+    }
+
+    #[test]
+    fn rounding_is_off_by_half_a_step_at_most_and_exact_where_weights_are_steps() {
+        let weights: Vec<f32> = (0..2 * 70).map(|at| ((at * 37) % 101) as f32 / 50.0 - 1.0).collect();
+        let matrix = dense(2, 70, &weights);
+        for (bits, group_size) in [(8, 32), (8, 128), (4, 7)] {
+            let rounded = QuantizedMatrix::round_to_nearest(&matrix, bits, group_size).unwrap();
+            assert!(rounded.is_symmetric() && rounded.group_size() == group_size);
+            for ((at, weight), found) in weights.iter().enumerate().zip(rounded.dequantize()) {
+                let scale = rounded.scales()[at / 70 * rounded.groups() + at % 70 / group_size];
+                assert!(
+                    (found - weight).abs() <= scale * 0.5001,
+                    "{bits} {group_size} {at}: {found} {weight}"
+                );
+            }
+        }
+        let steps: Vec<f32> = (-127..=127).map(|step| step as f32 / 64.0).collect();
+        let matrix = dense(1, steps.len(), &steps);
+        assert_eq!(QuantizedMatrix::round_to_nearest(&matrix, 8, 255).unwrap().dequantize(), steps);
+        let zeros = dense(1, 4, &[0.0; 4]);
+        assert_eq!(QuantizedMatrix::round_to_nearest(&zeros, 8, 2).unwrap().dequantize(), [0.0; 4]);
+        let unsound = dense(1, 2, &[1.0, f32::NAN]);
+        let refused = QuantizedMatrix::round_to_nearest(&unsound, 8, 2).unwrap_err().to_string();
+        assert!(refused.contains("weights") && refused.contains("finite"), "{refused}");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! A linear layer in device form, dense or quantized: the forward pass does not ask which.
 
+use nibble_kernels::KernelError;
 use nibble_kernels::backend::{Backend, MatrixShape};
 use nibble_kernels::ops::{dense_matmul, w4a16_matmul};
-use nibble_kernels::{KernelError, tensor::DenseMatrix};
 
 use crate::checkpoint::{Checkpoint, LinearWeight};
 use crate::config::ModelConfig;
@@ -82,14 +82,6 @@ impl<B: Backend> Linear<B> {
         };
         let bias = bias.map(|values| upload(backend, values)).transpose()?;
         Ok(Self { weight, bias })
-    }
-
-    /// Packs a dense weight without a bias.
-    ///
-    /// # Errors
-    /// When the device has no kernel for its element type.
-    pub fn pack_dense(backend: &B, name: &str, weight: &DenseMatrix<'_>) -> Result<Self, KernelError> {
-        Ok(Self { weight: Weight::Dense(backend.pack_dense(name, weight)?), bias: None })
     }
 
     /// A layer whose weight is a copy of this one's, with a bias of its own.

@@ -117,6 +117,11 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Longest sequence this model was loaded for, in tokens.
     pub fn max_positions(&self) -> usize {
         self.rotary.positions

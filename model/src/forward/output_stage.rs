@@ -5,7 +5,7 @@
 //! ```
 
 use nibble_kernels::KernelError;
-use nibble_kernels::backend::Backend;
+use nibble_kernels::backend::{Activations, Backend};
 use nibble_kernels::ops::{gather_rows, rms_norm};
 use nibble_kernels::tensor::QuantizedMatrix;
 
@@ -19,7 +19,8 @@ use crate::config::ModelConfig;
 /// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
 const LOGIT_ROWS: usize = 64;
 
-/// Inputs that share a scale in a head that is rounded when it is loaded.
+/// Bits of a head that is rounded when it is loaded, and its inputs that share a scale.
+const ROUNDED_BITS: u32 = 8;
 const ROUNDED_GROUP: usize = 128;
 
 /// The final norm, and buffers for up to [`LOGIT_ROWS`] rows.
@@ -111,7 +112,7 @@ pub(crate) fn load_output_head<B: Backend>(
     Ok(pack_output_head(backend, config, weight)?)
 }
 
-/// Packs an output head. A dense one of a quantized model is rounded to the bits that the device wants.
+/// Packs an output head. A dense one of a quantized model is rounded where the device rounds activations.
 ///
 /// # Errors
 /// When the device has no kernel for it.
@@ -120,9 +121,9 @@ pub(crate) fn pack_output_head<B: Backend>(
     config: &ModelConfig,
     weight: LinearWeight<'_>,
 ) -> Result<Linear<B>, KernelError> {
-    let weight = match (weight, backend.output_head_bits()) {
-        (LinearWeight::Dense(matrix), Some(bits)) if config.quantization.is_some() => {
-            LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, bits, ROUNDED_GROUP)?)
+    let weight = match (weight, backend.activations()) {
+        (LinearWeight::Dense(matrix), Activations::Integer) if config.quantization.is_some() => {
+            LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, ROUNDED_BITS, ROUNDED_GROUP)?)
         }
         (weight, _) => weight,
     };

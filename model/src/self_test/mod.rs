@@ -3,8 +3,9 @@
 //! ```text
 //! weights    a checksum of each quantized linear layer's dequantized weights, and of each other tensor's bytes
 //! tokens     a short prompt
-//! logits     of its last token, for some tokens of the vocabulary
-//! tolerance  how far a device's logits may be from them
+//! logits     of its last token, for some tokens of the vocabulary, with activations as they are
+//! rounded_logits   the same by a device that rounds activations to eight bits
+//! tolerance  how far a device's logits may be from those of its kind
 //! ```
 //!
 //! Checksums find a damaged file and a reader that reads it wrong; logits find a device that computes wrong.
@@ -14,7 +15,7 @@ mod checksum;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use nibble_kernels::backend::Backend;
+use nibble_kernels::backend::{Activations, Backend};
 use serde::{Deserialize, Serialize};
 
 pub use self::checksum::Checksum;
@@ -41,8 +42,11 @@ pub struct SelfTest {
     pub weights: BTreeMap<String, Checksum>,
     /// The prompt.
     pub tokens: Vec<u32>,
-    /// Logits of the prompt's last token.
+    /// Logits of the prompt's last token, with [`Activations::Float`].
     pub logits: Vec<GoldenLogit>,
+    /// The same tokens' logits with [`Activations::Integer`]; empty in a file of a version that had only the others.
+    #[serde(default)]
+    pub rounded_logits: Vec<GoldenLogit>,
     /// How far a logit may be off.
     pub tolerance: f32,
 }
@@ -57,20 +61,25 @@ pub struct GoldenLogit {
 }
 
 impl SelfTest {
-    /// Reads every weight of `checkpoint` and runs the prompt through it, one decoder layer in memory at a time.
+    /// Reads every weight of `checkpoint` and runs the prompt through it, one decoder layer in memory at a time, on a
+    /// `device` with either kind of activations.
     ///
     /// # Errors
     /// When a tensor is missing or malformed, or a logit is not finite.
-    pub fn record<B: Backend>(backend: B, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+    pub fn record<B: Backend>(
+        device: impl Fn(Activations) -> B,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
         let tokens = prompt(config);
         let weights = checksums(checkpoint)?;
-        let logits = streamed_logits(backend, checkpoint, &tokens)?;
-        let last = logits.row(logits.rows - 1);
+        let logits = streamed_logits(device(Activations::Float), checkpoint, &tokens)?;
+        let rounded = streamed_logits(device(Activations::Integer), checkpoint, &tokens)?;
+        let (last, rounded) = (logits.row(logits.rows - 1), rounded.row(rounded.rows - 1));
         let count = last.len() as f64;
         let mean = last.iter().map(|&logit| f64::from(logit)).sum::<f64>() / count;
         let variance = last.iter().map(|&logit| (f64::from(logit) - mean).powi(2)).sum::<f64>() / count;
-        if !variance.is_finite() {
+        if !variance.is_finite() || !rounded.iter().all(|logit| logit.is_finite()) {
             let (found, expected) = ("not finite", "finite numbers");
             let help = "the original model or the quantized weights overflow; quantize with other settings";
             return Err(mismatch(
@@ -81,13 +90,9 @@ impl SelfTest {
                 help,
             ));
         }
-        let chosen = GOLDEN_LOGITS.min(last.len());
-        let golden = (0..chosen).map(|index| {
-            let token = index * last.len() / chosen;
-            GoldenLogit { token: token as u32, logit: last[token] }
-        });
+        let (logits, rounded_logits) = (golden(last), golden(rounded));
         let tolerance = (TOLERANCE_OF_DEVIATION * variance.sqrt()) as f32;
-        Ok(Self { weights, logits: golden.collect(), tokens, tolerance })
+        Ok(Self { weights, tokens, logits, rounded_logits, tolerance })
     }
 
     /// Writes the file into `directory`.
@@ -162,7 +167,7 @@ impl SelfTest {
         let mut batch = Batch::single(&self.tokens, 0, (0..blocks as u32).collect());
         batch.logit_rows = vec![self.tokens.len() - 1];
         let logits = model.forward(&batch, &mut cache)?;
-        self.check_logits(logits.row(0), directory)
+        self.check_logits(logits.row(0), model.backend().activations(), directory)
     }
 
     /// Checks the logits of a checkpoint with one decoder layer in memory at a time; returns the largest difference.
@@ -170,13 +175,30 @@ impl SelfTest {
     /// # Errors
     /// When a logit is further off than the tolerance, or a tensor is missing or malformed.
     pub fn check_streamed<B: Backend>(&self, backend: B, checkpoint: &Checkpoint) -> Result<f32, ModelError> {
+        let activations = backend.activations();
         let logits = streamed_logits(backend, checkpoint, &self.tokens)?;
-        self.check_logits(logits.row(logits.rows - 1), checkpoint.directory())
+        self.check_logits(logits.row(logits.rows - 1), activations, checkpoint.directory())
     }
 
-    fn check_logits(&self, logits: &[f32], directory: &Path) -> Result<f32, ModelError> {
+    fn check_logits(
+        &self,
+        logits: &[f32],
+        activations: Activations,
+        directory: &Path,
+    ) -> Result<f32, ModelError> {
+        let expected = match activations {
+            Activations::Float => &self.logits,
+            Activations::Integer => &self.rounded_logits,
+        };
+        if expected.is_empty() {
+            let item = "field \"rounded_logits\" of the self-test";
+            let expected = "logits by a device that rounds activations to eight bits";
+            let help =
+                "an earlier version wrote it: test with `--activations f32`, or quantize the model again";
+            return Err(mismatch(&directory.join(SELF_TEST_FILE), item, "missing", expected, help));
+        }
         let mut largest: f32 = 0.0;
-        for golden in &self.logits {
+        for golden in expected {
             let item = format!("the logit of token {} in the self-test", golden.token);
             let help = "the device computes wrong, or the weights are not those of this self-test";
             let Some(&logit) = logits.get(golden.token as usize) else {
@@ -198,6 +220,13 @@ fn mismatch(file: &Path, item: &str, found: &str, expected: &str, help: &str) ->
     let (item, found) = (item.to_owned(), found.to_owned());
     let (expected, help) = (expected.to_owned(), help.to_owned());
     CheckpointError::Mismatch { file: file.to_owned(), item, found, expected, help }.into()
+}
+
+/// Some of a token's logits, evenly spaced over the vocabulary.
+fn golden(logits: &[f32]) -> Vec<GoldenLogit> {
+    let chosen = GOLDEN_LOGITS.min(logits.len());
+    let logit = |token: usize| GoldenLogit { token: token as u32, logit: logits[token] };
+    (0..chosen).map(|index| logit(index * logits.len() / chosen)).collect()
 }
 
 /// Tokens from all of the vocabulary, in no order.

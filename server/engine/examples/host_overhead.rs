@@ -83,7 +83,13 @@ fn measure(
         returned: None,
         host_times,
     };
-    let config = EngineConfig { max_prefill_chunk_tokens: 2048, max_step_tokens: 8192, ..Default::default() };
+    let config = EngineConfig {
+        max_prefill_chunk_tokens: 2048,
+        max_step_tokens: 8192,
+        // As `nibble serve` does.
+        max_draft_tokens: 8,
+        ..Default::default()
+    };
     let engine = Engine::start(Box::new(runner), config).expect("a valid configuration");
     let handle = engine.handle();
     for _ in 0..sequences {

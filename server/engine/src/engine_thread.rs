@@ -275,7 +275,7 @@ impl EngineThread {
                 preemptions,
                 running,
                 waiting,
-                "KV blocks ran out: sequences went back to the queue"
+                "sequences went back to the queue: KV blocks ran out, or a priority took their place"
             );
         }
         state.stats = stats;

@@ -160,13 +160,15 @@ impl Sequence {
 
     /// Makes a draft of at most `most` tokens, none of them beyond the last token that the request may feed back.
     pub(crate) fn draft(&mut self, most: usize, longest: usize) {
-        if self.is_constrained() || longest == 0 {
+        let to_feed_back = self.sampling.max_tokens.saturating_sub(self.completion().len() + 1);
+        let most = most.min(to_feed_back);
+        // Where there is no room for a draft nothing is looked up, either: a large batch never pays for it.
+        if most == 0 || self.is_constrained() {
             return;
         }
-        let to_feed_back = self.sampling.max_tokens.saturating_sub(self.completion().len() + 1);
         let known = self.tokens.len();
         let lookup = self.lookup.get_or_insert_with(|| PromptLookup::new(longest));
-        lookup.draft(&mut self.tokens, most.min(to_feed_back));
+        lookup.draft(&mut self.tokens, most);
         self.draft_tokens = self.tokens.len() - known;
     }
 

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::constraint::AfterThinking;
 use super::{Reasoning, ReasoningDelta, ReasoningParser, Thinking};
 use crate::grammar::tests::{ADDED, END, VOCABULARY, tokenizer_with};
+use crate::testing::pieces;
 
 fn parse(thinking: Thinking, pieces: &[&str]) -> (String, String) {
     let mut parser = ReasoningParser::new(thinking);
@@ -62,11 +63,7 @@ proptest! {
         thinking in prop::sample::select(vec![Thinking::Begun, Thinking::Possible, Thinking::Over]),
     ) {
         let text = parts.concat();
-        let borders: Vec<usize> = (0..=text.len()).filter(|&at| text.is_char_boundary(at)).collect();
-        let mut cuts: Vec<usize> = cuts.iter().map(|cut| borders[cut.index(borders.len())]).collect();
-        cuts.extend([0, text.len()]);
-        cuts.sort_unstable();
-        let pieces: Vec<&str> = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).collect();
+        let pieces = pieces(&text, &cuts);
         prop_assert_eq!(parse(thinking, &pieces), reference(thinking, &text));
     }
 }

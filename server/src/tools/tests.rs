@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::parser::Delta;
 use super::*;
+use crate::testing::pieces;
 
 /// Content and calls, as name and arguments, of a text that comes in pieces.
 fn parse(mut parser: ToolCallParser, pieces: &[&str]) -> (String, Vec<(String, String)>) {
@@ -222,11 +223,7 @@ proptest! {
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
     ) {
         let format = if hermes { ToolCallFormat::Hermes } else { ToolCallFormat::Llama3Json };
-        let borders: Vec<usize> = (0..=text.len()).filter(|&at| text.is_char_boundary(at)).collect();
-        let mut cuts: Vec<usize> = cuts.iter().map(|cut| *cut.get(&borders)).collect();
-        cuts.extend([0, text.len()]);
-        cuts.sort_unstable();
-        let pieces: Vec<&str> = cuts.windows(2).map(|ends| &text[ends[0]..ends[1]]).collect();
+        let pieces = pieces(&text, &cuts);
         let whole = parse(parser(format), &[&text]);
         prop_assert_eq!(parse(parser(format), &pieces), whole.clone());
         // Nothing is invented, and without a call nothing is lost.

@@ -55,7 +55,11 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     run.write(checkpoint.directory(), &arguments.out)?;
 
     eprintln!("reading {} back", arguments.out.display());
-    let verification = verify(|| arguments.device.cpu(), &arguments.out, &run.report)?;
+    let verification = verify(
+        |activations| arguments.device.cpu().with_activations(activations),
+        &arguments.out,
+        &run.report,
+    )?;
     if let Some(difference) = verification.largest_logit_difference {
         eprintln!("its weights are those that were computed, its logits differ by {difference} at most");
     }

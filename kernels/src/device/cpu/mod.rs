@@ -19,7 +19,7 @@ pub use matrix::{CpuDenseMatrix, CpuPackedMatrix};
 pub use simd::InstructionSet;
 pub use thread_pool::ThreadPool;
 
-use crate::backend::{Device, Length, MatrixShape};
+use crate::backend::{Activations, Device, Length, MatrixShape};
 use crate::error::KernelError;
 use crate::tensor::{DenseMatrix, QuantizedMatrix};
 
@@ -30,16 +30,6 @@ pub struct Cpu {
     activations: Activations,
     /// Rounded activations of one product; no two run at once.
     integer_rows: Mutex<IntegerRows>,
-}
-
-/// What quantized matrices multiply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activations {
-    /// Activations as they are, in 32 bits.
-    Float,
-    /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
-    /// inputs: several times as fast. A dense output head of a quantized model is held in eight bits as well.
-    Integer,
 }
 
 /// Activations of the CPU device.
@@ -74,11 +64,6 @@ impl Cpu {
     #[must_use]
     pub fn with_activations(self, activations: Activations) -> Self {
         Self { activations, ..self }
-    }
-
-    /// What quantized matrices multiply.
-    pub fn activations(&self) -> Activations {
-        self.activations
     }
 
     /// Memory for the rounded activations of a product.
@@ -205,11 +190,8 @@ impl Device for Cpu {
         Ok(matrix.clone())
     }
 
-    fn output_head_bits(&self) -> Option<u32> {
-        match self.activations {
-            Activations::Float => None,
-            Activations::Integer => Some(8),
-        }
+    fn activations(&self) -> Activations {
+        self.activations
     }
 
     fn pack_dense(&self, _: &str, matrix: &DenseMatrix<'_>) -> Result<CpuDenseMatrix, KernelError> {

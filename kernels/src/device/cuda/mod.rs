@@ -14,7 +14,7 @@ pub use element::Element;
 pub use matrix::{CudaDenseMatrix, CudaPackedMatrix};
 pub use memory::{CudaBuffer, CudaIndices, Memory};
 
-use crate::backend::{Device, Length};
+use crate::backend::{Activations, Device, Length};
 use crate::error::KernelError;
 use crate::ops::w4a16_matmul::layout;
 use crate::tensor::{DenseMatrix, QuantizedMatrix};
@@ -151,8 +151,8 @@ impl Device for Cuda {
         matrix.copy()
     }
 
-    fn output_head_bits(&self) -> Option<u32> {
-        None
+    fn activations(&self) -> Activations {
+        Activations::Float
     }
 }
 

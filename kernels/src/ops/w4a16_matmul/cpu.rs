@@ -1,10 +1,11 @@
 //! The product on the CPU.
 
 use super::{Args, W4a16Matmul};
+use crate::backend::{Activations, Device};
 use crate::device::cpu::integer_product::IntegerProduct;
 use crate::device::cpu::matrix::{IntegerPanels, Panels, QuantizedPanels};
 use crate::device::cpu::panel_product::PanelProduct;
-use crate::device::cpu::{Activations, Cpu, CpuBuffer, CpuPackedMatrix};
+use crate::device::cpu::{Cpu, CpuBuffer, CpuPackedMatrix};
 use crate::error::KernelError;
 
 impl W4a16Matmul for Cpu {

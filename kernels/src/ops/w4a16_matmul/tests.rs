@@ -1,6 +1,6 @@
 use super::{Args, W4a16Matmul, reference};
-use crate::backend::Device;
-use crate::device::cpu::{Activations, Cpu, InstructionSet};
+use crate::backend::{Activations, Device};
+use crate::device::cpu::{Cpu, InstructionSet};
 use crate::tensor::{QuantizedMatrix, QuantizedParts};
 use crate::testing::{random, upload};
 

@@ -53,7 +53,9 @@ fn a_quantized_head_has_the_error_that_is_reported_in_every_format_and_method() 
             assert!(!written.has("lm_head.weight") && head.layer().is_none());
             let measured = distance(&out, &model, &calibration);
             assert!((head.relative_error / measured - 1.0).abs() < 1e-3, "{head:?} {measured}");
-            let verification = crate::verify(|| Cpu::new(2), &out, &report).unwrap();
+            let verification =
+                crate::verify(|activations| Cpu::new(2).with_activations(activations), &out, &report)
+                    .unwrap();
             assert_eq!(verification.largest_logit_difference, Some(0.0), "written as it was in memory");
             let test = verification.self_test;
             let mut loaded = Model::load(Cpu::new(1), &written, 64).unwrap();

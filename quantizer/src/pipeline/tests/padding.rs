@@ -110,7 +110,8 @@ fn padding_is_zero_in_every_format_and_changes_no_rounded_logit() {
                     run(&checkpoint, &exact, &plain, None).unwrap();
                     let report = run(&checkpoint, &padded, &for_ranks(3, plain), None).unwrap();
                     assert_eq!(Checkpoint::open(&padded).unwrap().config().intermediate_size, 384);
-                    crate::verify(|| Cpu::new(2), &padded, &report).unwrap();
+                    crate::verify(|activations| Cpu::new(2).with_activations(activations), &padded, &report)
+                        .unwrap();
                     let zeros = padding_of(&padded);
                     assert!(!zeros.is_empty() && zeros.iter().all(|&weight| weight == 0.0), "{padded:?}");
                     let far = distance(&logits(&padded, &tokens()), &logits(&exact, &tokens()));

@@ -24,12 +24,17 @@ fn the_written_model_has_the_logits_of_the_one_in_memory_whatever_was_folded_pad
         };
         let out = parent.path().join("out");
         let mut report = run(&checkpoint, &out, &settings, Some(&calibration)).unwrap();
-        let largest = crate::verify(|| Cpu::new(2), &out, &report).unwrap().largest_logit_difference.unwrap();
+        let largest = crate::verify(|activations| Cpu::new(2).with_activations(activations), &out, &report)
+            .unwrap()
+            .largest_logit_difference
+            .unwrap();
         assert_eq!(largest, 0.0, "{class}");
 
         let logits = &mut report.logits.as_mut().unwrap().logits;
         logits[5] += 1.0;
-        let refused = crate::verify(|| Cpu::new(2), &out, &report).unwrap_err().to_string();
+        let refused = crate::verify(|activations| Cpu::new(2).with_activations(activations), &out, &report)
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("token 5"), "{refused}");
     }
 }

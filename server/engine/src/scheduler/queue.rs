@@ -32,8 +32,8 @@ pub(super) struct Queue {
     last_service: u64,
 }
 
-#[derive(Default)]
 struct Tenant {
+    weight: u64,
     service: u64,
     waiting: usize,
 }
@@ -64,7 +64,9 @@ impl Queue {
     pub(super) fn push(&mut self, sequence: Sequence) {
         let waiting = self.tenants.values().filter(|tenant| tenant.waiting > 0);
         let least = waiting.map(|tenant| tenant.service).min().unwrap_or(self.last_service);
-        let tenant = self.tenants.entry(Arc::clone(&sequence.tenant)).or_default();
+        let weight = self.weights.get(&*sequence.tenant).copied().unwrap_or(1).max(1);
+        let new = || Tenant { weight: u64::from(weight), service: 0, waiting: 0 };
+        let tenant = self.tenants.entry(Arc::clone(&sequence.tenant)).or_insert_with(new);
         if tenant.waiting == 0 {
             tenant.service = tenant.service.max(least);
         }
@@ -79,7 +81,9 @@ impl Queue {
 
     fn insert(&mut self, sequence: Sequence, push: fn(&mut VecDeque<Sequence>, Sequence)) {
         let line = (sequence.priority, Arc::clone(&sequence.tenant));
-        self.tenants.entry(Arc::clone(&line.1)).or_default().waiting += 1;
+        if let Some(tenant) = self.tenants.get_mut(&line.1) {
+            tenant.waiting += 1;
+        }
         self.line_of.insert(sequence.id, line.clone());
         push(self.lines.entry(line).or_default(), sequence);
     }
@@ -133,9 +137,8 @@ impl Queue {
     }
 
     fn charge(&mut self, tenant: &Arc<str>, tokens: u64) {
-        let weight = self.weights.get(&**tenant).copied().unwrap_or(1).max(1);
         if let Some(tenant) = self.tenants.get_mut(tenant) {
-            tenant.service = tenant.service.saturating_add(tokens * TOKEN / u64::from(weight));
+            tenant.service = tenant.service.saturating_add(tokens * TOKEN / tenant.weight);
         }
     }
 

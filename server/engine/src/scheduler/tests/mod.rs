@@ -385,3 +385,20 @@ fn an_embedding_is_made_of_the_last_token_or_of_all_and_only_the_latter_needs_th
     }
     assert_eq!(scheduler.stats().kv_blocks_used, 0);
 }
+
+#[test]
+fn what_a_sequence_computed_serves_others_unless_its_numbers_were_of_no_use() {
+    for sound in [true, false] {
+        let mut scheduler = scheduler(10, config(100, 100));
+        submit_prompt(&mut scheduler, 0, (0..9).collect(), 1);
+        let plan = schedule(&mut scheduler);
+        let next_tokens = vec![if sound { Ok(TOKEN) } else { Err("not finite".to_owned()) }];
+        let mut effects = Vec::new();
+        let completed_at = Duration::from_secs(200);
+        let output = StepOutput { plan, next_tokens, hidden_states: Vec::new(), completed_at };
+        scheduler.complete(output, &mut effects);
+        check(&scheduler);
+        submit_prompt(&mut scheduler, 1, (0..9).collect(), 1);
+        assert_eq!(step(&mut scheduler), [(1, if sound { 1 } else { 9 })]);
+    }
+}
