@@ -20,6 +20,14 @@ pub(crate) async fn drain(State(state): State<Arc<AppState>>) -> (StatusCode, Js
     (StatusCode::ACCEPTED, Json(json!({ "status": "draining" })))
 }
 
+/// `POST /admin/reset_prefix_cache`, vLLM's `/reset_prefix_cache`: requests that come later find no prefix of those that
+/// have ended.
+pub(crate) async fn reset_prefix_cache(State(state): State<Arc<AppState>>) -> Json<Value> {
+    tracing::info!("the admin address was asked to reset the prefix cache");
+    state.model.engine.reset_prefix_cache();
+    Json(json!({ "status": "reset" }))
+}
+
 /// Refuses what a page in a browser sends, which may come from anywhere: without keys, being on this machine is all
 /// that lets a request in.
 pub(crate) async fn refuse_web_pages(request: Request, next: Next) -> Result<Response, ApiError> {

@@ -198,6 +198,7 @@ impl Service {
         let state = &self.state;
         let mut guarded = Router::new()
             .route("/admin/drain", post(admin::drain))
+            .route("/admin/reset_prefix_cache", post(admin::reset_prefix_cache))
             .route("/metrics", get(metrics))
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed);

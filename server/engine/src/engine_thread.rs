@@ -197,6 +197,7 @@ impl EngineThread {
                 self.scheduler.submit(id, request, submitted);
             }
             Command::Abort(id) => self.scheduler.abort(id, &mut self.effects),
+            Command::ResetPrefixCache => self.scheduler.reset_prefix_cache(),
             Command::Drain { deadline } => {
                 let earlier = match self.admission {
                     Admission::Draining { deadline: Some(earlier) } => earlier.min(deadline),

@@ -126,6 +126,7 @@ pub enum Health {
 pub(crate) enum Command {
     Submit(Box<Submission>),
     Abort(RequestId),
+    ResetPrefixCache,
     /// Finish what was accepted, abort what is left at the deadline, then stop.
     Drain {
         deadline: Instant,
@@ -270,6 +271,13 @@ impl EngineHandle {
     pub fn abort(&self, id: RequestId) {
         // A closed channel means that every request has its terminal event already.
         let _ = self.commands.send(Command::Abort(id));
+    }
+
+    /// Forgets the KV blocks of earlier prompts that no running sequence holds: requests submitted after this find none
+    /// of them. Changes no token. Returns at once.
+    pub fn reset_prefix_cache(&self) {
+        // A closed channel means that the engine has stopped, and nothing is cached.
+        let _ = self.commands.send(Command::ResetPrefixCache);
     }
 
     /// Stops admission at once and lets the engine finish what it accepted; what is still open at `deadline`

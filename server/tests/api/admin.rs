@@ -35,6 +35,26 @@ async fn drain_finishes_what_was_accepted_and_ends_the_server() {
 }
 
 #[tokio::test]
+async fn a_prompt_that_was_in_the_prefix_cache_is_not_after_a_reset() {
+    let server = Server::new();
+    let serving = server.serve(None, ServeOptions::default()).await;
+    let hits_of_a_request = async || {
+        let before = server.engine.stats().prefix_cache_hits;
+        server.ok(COMPLETIONS, json!({"prompt": "x".repeat(40), "max_tokens": 1})).await;
+        server.engine.stats().prefix_cache_hits - before
+    };
+    assert_eq!(hits_of_a_request().await, 0);
+    assert_eq!(hits_of_a_request().await, 32);
+    let reset = "POST /admin/reset_prefix_cache";
+    assert_eq!(ask(&serving.address, reset).await.0, 404, "only at the admin address");
+    assert_eq!(hits_of_a_request().await, 32);
+    let (status, body) = ask(&serving.admin, reset).await;
+    assert!(status == 200 && body.contains("reset"), "{body}");
+    assert_eq!(hits_of_a_request().await, 0, "forgotten");
+    assert_eq!(hits_of_a_request().await, 32, "and known again");
+}
+
+#[tokio::test]
 async fn metrics_may_be_at_the_admin_address_alone() {
     let server = with(ServerOptions { metrics_on_admin_only: true, ..ServerOptions::default() });
     let serving = server.serve(None, ServeOptions::default()).await;

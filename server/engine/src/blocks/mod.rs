@@ -136,6 +136,15 @@ impl BlockPool {
         }
     }
 
+    /// Frees every idle block: what they hold is found no more.
+    pub(crate) fn free_idle(&mut self) {
+        // Ends of prefixes come first, as in `allocate`.
+        while let Some((_, block)) = self.idle.pop_first() {
+            self.tree.remove(block);
+            self.free.push(block);
+        }
+    }
+
     /// The blocks whose contents are of no use, and those that are idle, longest first.
     #[cfg(test)]
     pub(crate) fn unheld(&self) -> (&[BlockId], impl Iterator<Item = BlockId>) {

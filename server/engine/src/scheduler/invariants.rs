@@ -95,6 +95,18 @@ fn check_names(scheduler: &Scheduler) {
     }
 }
 
+/// Checks a cache that has just been reset.
+///
+/// # Panics
+/// When a block has a name that nobody holds.
+pub(super) fn check_forgotten(scheduler: &Scheduler) {
+    let pool = &scheduler.pool;
+    let (free, mut idle) = pool.unheld();
+    assert!(idle.next().is_none(), "no block is kept for later");
+    let held = (0..pool.total() as u32).filter(|&block| pool.holders(BlockId(block)) > 0).count();
+    assert_eq!(free.len() + held, pool.total(), "every block is held or free");
+}
+
 /// Checks a plan that has just been made.
 ///
 /// # Panics

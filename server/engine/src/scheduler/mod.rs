@@ -1,7 +1,7 @@
-//! Which sequences compute how many tokens in the next step: a pure state machine with four verbs.
+//! Which sequences compute how many tokens in the next step: a pure state machine with five verbs.
 //!
-//! [`Scheduler::submit`] and [`Scheduler::abort`] may come at any time; [`Scheduler::schedule`] plans a step
-//! and [`Scheduler::complete`] takes its outcome, in turns. There is no clock, thread, input or randomness in
+//! [`Scheduler::submit`], [`Scheduler::abort`] and [`Scheduler::reset_prefix_cache`] may come at any time;
+//! [`Scheduler::schedule`] plans a step and [`Scheduler::complete`] takes its outcome, in turns. There is no clock, thread, input or randomness in
 //! here: the same calls give the same plans.
 //!
 //! A step, within `max_step_tokens`:
@@ -133,6 +133,12 @@ impl Scheduler {
                 record.abort(&sequence);
             }
         }
+    }
+
+    /// Forgets every cached block that no sequence holds; held ones serve others as before, and stay in the cache when
+    /// their sequences have ended. May come at any time: a step writes to held blocks alone.
+    pub(crate) fn reset_prefix_cache(&mut self) {
+        self.pool.free_idle();
     }
 
     /// Plans the next step; nothing exactly when there is no request left.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nibble_model::pooling_config::Pooling;
 use proptest::prelude::{Strategy, any, prop, proptest};
 
-use super::invariants::{check, check_plan};
+use super::invariants::{check, check_forgotten, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
 use crate::request::{FinishReason, Request, RequestId};
@@ -31,6 +31,8 @@ enum Event {
     Submit(Arrival),
     /// A request is aborted, counted back from the youngest; it may have ended already.
     Abort { back: u64 },
+    /// The cache forgets what nobody holds.
+    ResetPrefixCache,
     /// The step in flight completes, or the next one is planned.
     Turn,
     /// As `Turn`, and if a step completes, the first of its rows cannot be sampled.
@@ -140,6 +142,10 @@ impl World {
             Event::Abort { back } => {
                 let id = RequestId(self.submitted.saturating_sub(1 + back));
                 self.scheduler.abort(id, &mut effects);
+            }
+            Event::ResetPrefixCache => {
+                self.scheduler.reset_prefix_cache();
+                check_forgotten(&self.scheduler);
             }
             Event::Turn => self.turn(false, &mut effects),
             Event::FailingTurn => self.turn(true, &mut effects),
@@ -372,6 +378,7 @@ fn live(seed: u64, events: usize) -> (u64, EngineStats) {
                 priority: below(priorities) as i32,
             }),
             at if at < arrivals + aborts => Event::Abort { back: below(20) },
+            98 if below(4) == 0 => Event::ResetPrefixCache,
             99 => Event::FailingTurn,
             _ => Event::Turn,
         };
@@ -429,6 +436,7 @@ fn event() -> impl Strategy<Value = Event> {
             Event::Submit(Arrival { family, prompt_tokens, max_tokens, ignore_eos, wants, tenant, priority })
         }),
         1 => (0..10u64).prop_map(|back| Event::Abort { back }),
+        1 => proptest::strategy::Just(Event::ResetPrefixCache),
         6 => proptest::strategy::Just(Event::Turn),
         1 => proptest::strategy::Just(Event::FailingTurn),
     ]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nibble_model::pooling_config::Pooling;
 
-use super::invariants::{check, check_plan};
+use super::invariants::{check, check_forgotten, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
 use crate::request::{FinishReason, Request, RequestId};
@@ -264,6 +264,31 @@ fn equal_prompts_in_one_step_end_up_on_the_same_blocks() {
     assert_eq!(scheduler.stats().kv_blocks_used, 2);
     assert_eq!(step(&mut scheduler), [(0, 1), (1, 1), (2, 1)]);
     assert_eq!(scheduler.stats().kv_blocks_used, 5, "what follows is their own");
+}
+
+#[test]
+fn a_reset_of_the_cache_forgets_what_nobody_holds_even_while_a_step_is_in_flight() {
+    let mut scheduler = scheduler(20, config(100, 100));
+    let [ended, running]: [Vec<u32>; 2] = [0, 100].map(|first| (first..first + 9).collect());
+    submit_prompt(&mut scheduler, 0, ended.clone(), 1);
+    submit_prompt(&mut scheduler, 1, running.clone(), 9);
+    assert_eq!(step(&mut scheduler), [(0, 9), (1, 9)]);
+    submit_prompt(&mut scheduler, 2, ended.clone(), 1);
+    assert_eq!(step(&mut scheduler), [(1, 1), (2, 1)], "found before");
+    let plan = schedule(&mut scheduler);
+    scheduler.reset_prefix_cache();
+    check_forgotten(&scheduler);
+    check(&scheduler);
+    complete(&mut scheduler, plan, TOKEN);
+    submit_prompt(&mut scheduler, 3, ended.clone(), 1);
+    submit_prompt(&mut scheduler, 4, running, 1);
+    assert_eq!(
+        step(&mut scheduler),
+        [(1, 1), (3, 9), (4, 1)],
+        "what a running sequence holds is found still"
+    );
+    submit_prompt(&mut scheduler, 5, ended, 1);
+    assert_eq!(step(&mut scheduler), [(1, 1), (5, 1)], "and the cache fills again");
 }
 
 #[test]
