@@ -63,12 +63,8 @@ impl Element {
     /// Copies `values`, rounded to nearest even, to device memory.
     pub(super) fn write(self, driver: &dyn Driver, values: &[f32], to: Address) -> Result<(), KernelError> {
         match self {
-            Self::F16 => {
-                write::<f16>(driver, values, to, |halves, values| halves.convert_from_f32_slice(values))
-            }
-            Self::BF16 => {
-                write::<bf16>(driver, values, to, |halves, values| halves.convert_from_f32_slice(values))
-            }
+            Self::F16 => write::<f16>(driver, values, to, HalfFloatSliceExt::convert_from_f32_slice),
+            Self::BF16 => write::<bf16>(driver, values, to, HalfFloatSliceExt::convert_from_f32_slice),
         }
     }
 
