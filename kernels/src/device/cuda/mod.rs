@@ -8,7 +8,7 @@ mod matrix;
 mod memory;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use element::Element;
 pub use matrix::{CudaDenseMatrix, CudaPackedMatrix};
@@ -33,6 +33,8 @@ pub struct Cuda {
     element: Element,
     workspace: Memory,
     counters: Memory,
+    /// Where elements lie on their way to the host.
+    staging: Mutex<Vec<u16>>,
 }
 
 impl Cuda {
@@ -43,7 +45,7 @@ impl Cuda {
     pub fn new(driver: Arc<dyn Driver>, element: Element) -> Result<Self, KernelError> {
         let workspace = Memory::new(&driver, WORKSPACE_BYTES)?;
         let counters = Memory::new(&driver, COUNTERS * size_of::<u32>())?;
-        Ok(Self { driver, element, workspace, counters })
+        Ok(Self { driver, element, workspace, counters, staging: Mutex::default() })
     }
 
     /// The type of activations, caches and dense weights.
@@ -132,7 +134,9 @@ impl Device for Cuda {
         fits("read", range.end, from.length())?;
         KernelError::check("read", "to", to.len(), range.len())?;
         let offset = (range.start * self.element.bytes()) as Address;
-        self.element.read(&*self.driver, from.address() + offset, to)
+        // Whatever a panic left in there is overwritten.
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.element.read(&*self.driver, from.address() + offset, to, &mut staging)
     }
 
     fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CudaPackedMatrix, KernelError> {

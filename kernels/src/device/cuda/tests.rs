@@ -110,6 +110,18 @@ fn values_come_back_rounded_to_the_nearest_element() {
 }
 
 #[test]
+fn a_read_that_several_threads_convert_is_whole() {
+    let device = Cuda::new(MemoryDriver::new(ROOM), Element::BF16).unwrap();
+    let values: Vec<f32> = (0..1_000_003).map(|index| (index % 256) as f32).collect();
+    let mut buffer = device.buffer(values.len()).unwrap();
+    device.write(&values, &mut buffer).unwrap();
+    let mut read = vec![0.0; values.len() - 1];
+    device.read(&buffer, 1..values.len(), &mut read).unwrap();
+    assert_eq!(read, values[1..]);
+    device.read(&buffer, 0..0, &mut []).unwrap();
+}
+
+#[test]
 fn memory_is_given_back_and_too_little_of_it_is_an_error() {
     let driver = MemoryDriver::new(ROOM);
     let device = Cuda::new(driver.clone(), Element::F16).unwrap();

@@ -48,7 +48,7 @@ pub(crate) fn check<D: DenseMatmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             match (rows, with_bias) {
                 (200, _) => whole = found,
                 (_, false) => {
-                    checker.same_bits(NAME, format!("{case}: as of 200"), &found, &whole[..found.len()])
+                    checker.same_bits(NAME, format!("{case}: as of 200"), &found, &whole[..found.len()]);
                 }
                 _ => {}
             }
