@@ -17,7 +17,7 @@ mod silu_mul;
 mod w4a16_matmul;
 
 /// All suites.
-const SUITES: [lab::Suite; 8] = [
+const SUITES: [lab::Suite; 9] = [
     dense_matmul::SUITE,
     embedding::SUITE,
     gather_rows::SUITE,
@@ -26,4 +26,5 @@ const SUITES: [lab::Suite; 8] = [
     rotary_embedding::SUITE,
     silu_mul::SUITE,
     w4a16_matmul::SUITE,
+    w4a16_matmul::HOPPER_SUITE,
 ];
