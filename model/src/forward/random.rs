@@ -112,17 +112,23 @@ impl Random {
         let (bits, group_size) = (settings.bits, settings.group_size.inputs(in_features));
         let (levels, groups) = (1u32 << bits, in_features.div_ceil(group_size));
         let count = out_features * in_features;
+        let middle = (levels / 2) as u8;
+        // The lowest code has no opposite. With a mean other than zero, activations would grow from layer to layer until
+        // 16 bits do not hold them.
+        let code = |byte: u8| match byte & (levels - 1) as u8 {
+            0 => middle,
+            code => code,
+        };
         let mut codes = Vec::with_capacity(count + 7);
         while codes.len() < count {
-            codes.extend(self.next().to_le_bytes().map(|byte| byte & (levels - 1) as u8));
+            codes.extend(self.next().to_le_bytes().map(code));
         }
         codes.truncate(count);
-        // Codes have the variance levels^2 / 12.
+        // Codes have about the variance levels^2 / 12.
         let scale = (12.0 / in_features as f32).sqrt() / levels as f32;
-        let middle = (levels / 2) as u8;
         let mut zero_points = vec![middle; out_features * groups];
         if !settings.symmetric {
-            zero_points.iter_mut().for_each(|zero| *zero += (self.next() % 2) as u8);
+            zero_points.iter_mut().for_each(|zero| *zero = *zero + (self.next() % 3) as u8 - 1);
         }
         let scales = vec![scale; out_features * groups];
         let input_permutation = None;

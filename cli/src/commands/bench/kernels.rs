@@ -2,8 +2,8 @@
 
 use anyhow::ensure;
 use clap::Args;
+use nibble_kernels::backend::Activations;
 use nibble_kernels::backend::MatrixShape;
-use nibble_kernels::device::cpu::Activations;
 use nibble_kernels::ops::{dense_matmul, paged_attention, rms_norm, silu_mul, w4a16_matmul};
 use nibble_kernels::tensor::{DenseMatrix, DenseValues, FloatType, QuantizedMatrix, QuantizedParts};
 use nibble_kernels::{Backend, KernelError};

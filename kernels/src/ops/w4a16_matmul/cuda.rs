@@ -101,6 +101,8 @@ pub(crate) struct Product {
 /// How a product is cut into blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
+    /// Rows of this launch; more need another one.
+    rows: usize,
     kernel: &'static str,
     grid: [u32; 3],
     shared_bytes: u32,
@@ -146,6 +148,16 @@ impl Product {
         bytes * stages
     }
 
+    /// The first `rows` rows, or all that are left; what remains are those after them.
+    fn split_off(&mut self, rows: usize) -> Self {
+        let first = Self { rows: rows.min(self.rows), ..*self };
+        let after = |features: usize| (first.rows * features * self.element.bytes()) as Address;
+        self.input += after(self.in_features);
+        self.output += after(self.out_features);
+        self.rows -= first.rows;
+        first
+    }
+
     /// Decides form and grid.
     pub(crate) fn plan(&self, device: &Properties) -> Plan {
         let multiprocessors = device.multiprocessors as usize;
@@ -158,8 +170,10 @@ impl Product {
         let fitting = || STREAMS.into_iter().filter(|&(rows, _)| fits(rows));
         let smallest = fitting().find(|&(rows, _)| rows >= self.rows);
         let (rows, kernel) = smallest.or_else(|| fitting().last()).unwrap_or(STREAMS[0]);
-        let row_blocks = self.rows.div_ceil(rows);
+        let most_blocks = PARTIAL_SUM_BYTES / (workers * slot(rows));
+        let row_blocks = self.rows.div_ceil(rows).min(most_blocks).max(1);
         let stream = Plan {
+            rows: self.rows.min(row_blocks * rows),
             kernel,
             grid: [workers as u32, row_blocks as u32, 1],
             shared_bytes: self.shared_bytes(rows, device) as u32,
@@ -172,12 +186,13 @@ impl Product {
         let rounds = jobs.div_ceil(multiprocessors);
         let occupancy = jobs as f64 / (rounds * multiprocessors) as f64;
         let fills = occupancy >= TILES_OCCUPANCY || rounds >= TILES_ROUNDS;
-        let large = self.rows > TILE_ROWS && (fills || stream.workspace_bytes > PARTIAL_SUM_BYTES);
+        let large = self.rows > TILE_ROWS && (fills || stream.rows < self.rows);
         if !(large && fits(TILE_ROWS)) {
             return stream;
         }
         let blocks = jobs.min(multiprocessors);
         Plan {
+            rows: self.rows,
             kernel: "w4a16_tiles_128",
             grid: [blocks as u32, 1, 1],
             shared_bytes: self.shared_bytes(TILE_ROWS, device) as u32,
@@ -268,31 +283,33 @@ impl W4a16Matmul for Cuda {
             in_features: weight.in_features(),
             group_size: weight.group_size,
         };
-        let submit = |product: &Product| {
-            let plan = product.plan(self.properties());
-            let partial_sums = self.workspace(plan.workspace_bytes)?;
-            self.submit(&product.launch(&plan, partial_sums, self.counters(plan.counters)?)?)
-        };
         let Some(permutation) = &weight.permutation else {
-            return if args.rows == 0 { Ok(()) } else { submit(&product) };
+            return submit(self, product);
         };
         // As many rows at once as the workspace holds: a row's bits do not depend on the others.
         let permuted = self.workspace(WORKSPACE_BYTES)? + PARTIAL_SUM_BYTES as Address;
-        let row_bytes = product.in_features * product.element.bytes();
-        let most = ((WORKSPACE_BYTES - PARTIAL_SUM_BYTES) / row_bytes).min(MAX_GRID_Y);
+        let most = (WORKSPACE_BYTES - PARTIAL_SUM_BYTES) / (product.in_features * product.element.bytes());
         KernelError::require(most > 0, NAME, "in_features", product.in_features, "must be at most 8388608")?;
-        for first in (0..args.rows).step_by(most) {
-            let chunk = Product {
-                input: product.input + (first * row_bytes) as Address,
-                output: product.output + (first * product.out_features * product.element.bytes()) as Address,
-                rows: most.min(args.rows - first),
-                ..product
-            };
-            self.submit(&permutation_launch(&chunk, permutation.address(), permuted)?)?;
-            submit(&Product { input: permuted, ..chunk })?;
+        let mut rest = product;
+        while rest.rows > 0 {
+            let part = rest.split_off(most.min(MAX_GRID_Y));
+            self.submit(&permutation_launch(&part, permutation.address(), permuted)?)?;
+            submit(self, Product { input: permuted, ..part })?;
         }
         Ok(())
     }
+}
+
+/// Submits a product, in several launches when the workspace does not hold the partial sums of one.
+fn submit(cuda: &Cuda, product: Product) -> Result<(), KernelError> {
+    let mut rest = product;
+    while rest.rows > 0 {
+        let plan = rest.plan(cuda.properties());
+        let part = rest.split_off(plan.rows);
+        let partial_sums = cuda.workspace(plan.workspace_bytes)?;
+        cuda.submit(&part.launch(&plan, partial_sums, cuda.counters(plan.counters)?)?)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
