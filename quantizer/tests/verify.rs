@@ -76,7 +76,7 @@ fn with_rounded_activations_a_sequence_has_the_same_bits_alone_among_others_and_
         let checkpoint = Checkpoint::open(&out).expect("a valid checkpoint");
         let cpu = Cpu::new(2).with_activations(Activations::Integer);
         let mut loaded = Model::load(cpu, &checkpoint, 64).expect("a valid model");
-        let mut cache = loaded.kv_cache(3 * 4);
+        let mut cache = loaded.kv_cache(3 * 4).expect("there is memory for a test");
         let sequences: Vec<Vec<u32>> = (0..3).map(|index| tokens(40 + 5 * index, 50 + index)).collect();
         let table = |index: usize| (0..4).map(|block| (block * 3 + index) as u32).collect::<Vec<u32>>();
         let mut together = Batch::default();

@@ -76,7 +76,7 @@ pub(crate) fn check<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             match (rows, with_bias) {
                 (300, _) => whole = found,
                 (_, false) => {
-                    checker.same_bits(NAME, format!("{name}: as of 300"), &found, &whole[..found.len()])
+                    checker.same_bits(NAME, format!("{name}: as of 300"), &found, &whole[..found.len()]);
                 }
                 _ => {}
             }

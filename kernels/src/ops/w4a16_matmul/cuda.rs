@@ -169,7 +169,7 @@ impl Product {
 
         let fitting = || STREAMS.into_iter().filter(|&(rows, _)| fits(rows));
         let smallest = fitting().find(|&(rows, _)| rows >= self.rows);
-        let (rows, kernel) = smallest.or_else(|| fitting().last()).unwrap_or(STREAMS[0]);
+        let (rows, kernel) = smallest.or_else(|| fitting().next_back()).unwrap_or(STREAMS[0]);
         let most_blocks = PARTIAL_SUM_BYTES / (workers * slot(rows));
         let row_blocks = self.rows.div_ceil(rows).min(most_blocks).max(1);
         let stream = Plan {
@@ -186,7 +186,9 @@ impl Product {
         let rounds = jobs.div_ceil(multiprocessors);
         let occupancy = jobs as f64 / (rounds * multiprocessors) as f64;
         let fills = occupancy >= TILES_OCCUPANCY || rounds >= TILES_ROUNDS;
-        let large = self.rows > TILE_ROWS && (fills || stream.rows < self.rows);
+        // Where the other form would need several launches, a card half full is enough.
+        let cut = stream.rows < self.rows && occupancy >= TILES_OCCUPANCY / 2.0;
+        let large = self.rows > TILE_ROWS && (fills || cut);
         if !(large && fits(TILE_ROWS)) {
             return stream;
         }
