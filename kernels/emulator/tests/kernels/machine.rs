@@ -7,8 +7,8 @@ use nibble_kernels::device::cuda::driver::{Address, Argument, Driver, Launch, So
 
 use crate::lab::{ELEMENTS, random, random_words};
 
-const SOURCE: Source = Source { name: "machine", text: include_str!("machine.cu") };
-const WARPGROUP: Source = Source { name: "warpgroup", text: include_str!("warpgroup.cu") };
+const SOURCE: Source = Source { name: "machine", variant: "", text: include_str!("machine.cu") };
+const WARPGROUP: Source = Source { name: "warpgroup", variant: "", text: include_str!("warpgroup.cu") };
 
 /// A value's bytes on the device, given back when dropped.
 struct Bytes<'a> {
@@ -355,7 +355,7 @@ fn a_launch_that_no_card_would_take_is_refused() {
     }
     let error = run(&emulator, "nothing", (1, 32), 0, &[]).unwrap_err();
     assert!(error.contains("has no kernel nothing"), "{error}");
-    let wrong = Source { name: "wrong", text: "#include \"common.cuh\"\nint" };
+    let wrong = Source { name: "wrong", variant: "", text: "#include \"common.cuh\"\nint" };
     let launch = Launch {
         source: wrong,
         kernel: "none",

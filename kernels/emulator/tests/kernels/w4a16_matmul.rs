@@ -94,9 +94,9 @@ pub(crate) const SUITE: Suite = Suite {
         fault("a pair of rows for all", "pair * (16 * 128)", 0, "0 * (16 * 128)"),
         fault(
             "operands are overwritten too early",
-            "columns[(index + ahead) % 4], index + ahead",
+            "columns[(index + ahead) % ring], index + ahead",
             1,
-            "columns[index % 4], index + ahead",
+            "columns[index % ring], index + ahead",
         ),
         fault("sums are not cleared", "sums[tile][column][i] = 0.0f", 0, "sums[tile][column][i] += 0.0f"),
         fault("no bias", "sums[0][column][side] + bias[0]", 0, "sums[0][column][side]"),

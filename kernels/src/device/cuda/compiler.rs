@@ -69,7 +69,8 @@ impl Compiler {
     /// When it is not in the directory and NVRTC is not found or refuses it.
     pub fn cubin(&self, source: Source, architecture: Architecture) -> Result<Vec<u8>, KernelError> {
         let options = options(architecture);
-        let stem = format!("{}-{architecture}-{}", source.name, digest(source, &options));
+        let name = [source.name, source.variant].join(if source.variant.is_empty() { "" } else { "-" });
+        let stem = format!("{name}-{architecture}-{}", digest(source, &options));
         if let Some(path) = self.directory.as_deref().and_then(|directory| find(directory, &stem)) {
             match std::fs::read(&path) {
                 Ok(cubin) => return Ok(cubin),
@@ -215,7 +216,7 @@ fn c_string(text: &str) -> Result<CString, String> {
 mod tests {
     use super::*;
 
-    const SOURCE: Source = Source { name: "nothing", text: "#include \"common.cuh\"\n" };
+    const SOURCE: Source = Source { name: "nothing", variant: "", text: "#include \"common.cuh\"\n" };
 
     #[test]
     fn an_architecture_is_read_and_written_as_the_compiler_names_it() {

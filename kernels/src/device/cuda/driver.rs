@@ -12,6 +12,8 @@ pub type Address = u64;
 pub struct Source {
     /// The operation's name, which is the name of its folder.
     pub name: &'static str,
+    /// What sets it apart from other sources of the operation, as part of a file's name; empty for an only one.
+    pub variant: &'static str,
     /// The text of its `kernel.cu`.
     pub text: &'static str,
 }

@@ -10,7 +10,7 @@ use crate::ops::{entry_point, require_vectors, word};
 const NAME: &str = "dense_matmul";
 
 /// The kernels.
-pub const SOURCE: Source = Source { name: NAME, text: include_str!("kernel.cu") };
+pub const SOURCE: Source = Source { name: NAME, variant: "", text: include_str!("kernel.cu") };
 
 /// A kernel's tile: the template parameters of `kernel.cu`.
 #[derive(Clone, Copy, Debug)]

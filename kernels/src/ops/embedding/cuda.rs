@@ -8,7 +8,7 @@ use crate::error::KernelError;
 use crate::ops::{require_vectors, word};
 
 /// The kernel.
-pub const SOURCE: Source = Source { name: "embedding", text: include_str!("kernel.cu") };
+pub const SOURCE: Source = Source { name: "embedding", variant: "", text: include_str!("kernel.cu") };
 
 const THREADS: u32 = 128;
 

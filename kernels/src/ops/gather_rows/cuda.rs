@@ -7,7 +7,7 @@ use crate::error::KernelError;
 use crate::ops::{require_vectors, word};
 
 /// The kernel.
-pub const SOURCE: Source = Source { name: "gather_rows", text: include_str!("kernel.cu") };
+pub const SOURCE: Source = Source { name: "gather_rows", variant: "", text: include_str!("kernel.cu") };
 
 const THREADS: u32 = 128;
 

@@ -72,6 +72,7 @@ macro_rules! kernels {
             element: Element::$element,
             source: Source {
                 name: NAME,
+                variant: concat!($name, "-", $head_dim),
                 text: concat!(
                     "#define NIBBLE_HEAD_DIM ", $head_dim, "\n",
                     "#define NIBBLE_ELEMENT ", stringify!($element), "\n",

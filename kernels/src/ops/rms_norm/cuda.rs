@@ -7,7 +7,7 @@ use crate::error::KernelError;
 use crate::ops::{entry_point, require_vectors, word};
 
 /// The kernels.
-pub const SOURCE: Source = Source { name: "rms_norm", text: include_str!("kernel.cu") };
+pub const SOURCE: Source = Source { name: "rms_norm", variant: "", text: include_str!("kernel.cu") };
 
 /// Widest row: four vectors for each of 512 threads.
 pub const MAX_WIDTH: usize = 16_384;

@@ -7,7 +7,7 @@ use crate::error::KernelError;
 use crate::ops::{entry_point, word};
 
 /// The kernels.
-pub const SOURCE: Source = Source { name: "rotary_embedding", text: include_str!("kernel.cu") };
+pub const SOURCE: Source = Source { name: "rotary_embedding", variant: "", text: include_str!("kernel.cu") };
 
 const THREADS: u32 = 128;
 

@@ -38,6 +38,7 @@ macro_rules! source {
     ($element:literal, $group:literal, $zeros:literal) => {
         Source {
             name: NAME,
+            variant: concat!($element, "-", $group, "-", $zeros),
             text: concat!(
                 "#define ELEMENT ",
                 $element,

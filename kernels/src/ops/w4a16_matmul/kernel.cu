@@ -278,6 +278,12 @@ NIBBLE_DEVICE void products_done() {
 template <class Element, u32 rows>
 struct WeightReader {
     using F = Form<rows>;
+#if defined(NIBBLE_WARPGROUP)
+    static constexpr bool reads_ahead = true;
+#else
+    // The largest form has no registers for it.
+    static constexpr bool reads_ahead = rows < 128;
+#endif
     const u8* codes;
     const u8* scales;
     const u8* zero_points;
@@ -292,15 +298,17 @@ struct WeightReader {
                  lane / 4 * 8;
         zero_points = stage + F::activation_bytes + F::weight_bytes + F::scale_bytes +
                       warp * (groups_per_step * strip_zero_bytes) + lane / 4 * 4;
-        next_words = load_16(codes);
+        if (reads_ahead) {
+            next_words = load_16(codes);
+        }
     }
 
     // The two 16x16 operands of sixteen inputs; `sixteen` counts from 0 to 7.
     NIBBLE_DEVICE void read(u32 (&weights)[2][4], u32 sixteen) {
         const u32 part = sixteen / 2;
         if (sixteen % 2 == 0) {
-            words = next_words;
-            if (part < 3) {
+            words = reads_ahead ? next_words : load_16(codes + part * 512);
+            if (reads_ahead && part < 3) {
                 next_words = load_16(codes + (part + 1) * 512);
             }
             if (part * groups_per_step % 4 == 0) {
@@ -385,10 +393,11 @@ template <class Element, u32 rows>
 NIBBLE_DEVICE void multiply_step(Sums<rows>& sums, const u8* stage, const Loader<rows>& loader,
                                  u8* load_stage, bool more) {
     using Activations = ActivationReader<rows>;
-    constexpr u32 ahead = 2;
+    constexpr u32 ahead = rows >= 128 ? 1 : 2;
+    constexpr u32 ring = ahead * 2;
     WeightReader<Element, rows> reader(stage);
     const Activations activations(stage);
-    u32 columns[4][4];
+    u32 columns[ring][4];
     u32 weights[2][2][4];
     for (u32 index = 0; index < ahead; ++index) {
         activations.read(columns[index], index);
@@ -406,9 +415,9 @@ NIBBLE_DEVICE void multiply_step(Sums<rows>& sums, const u8* stage, const Loader
         if (rows == 8) {
             const u32 index = sixteen / 2;
             if (sixteen % 2 == 0 && index + ahead < Activations::fragments) {
-                activations.read(columns[(index + ahead) % 4], index + ahead);
+                activations.read(columns[(index + ahead) % ring], index + ahead);
             }
-            const u32(&fragment)[4] = columns[index % 4];
+            const u32(&fragment)[4] = columns[index % ring];
             const u32 first = sixteen % 2 * 2;
             Element::multiply_matrices(sums[0][0], operand[0], fragment[first], fragment[first + 1]);
             Element::multiply_matrices(sums[1][0], operand[1], fragment[first], fragment[first + 1]);
@@ -417,9 +426,9 @@ NIBBLE_DEVICE void multiply_step(Sums<rows>& sums, const u8* stage, const Loader
             for (u32 pair = 0; pair < Activations::per_sixteen; ++pair) {
                 const u32 index = sixteen * Activations::per_sixteen + pair;
                 if (index + ahead < Activations::fragments) {
-                    activations.read(columns[(index + ahead) % 4], index + ahead);
+                    activations.read(columns[(index + ahead) % ring], index + ahead);
                 }
-                const u32(&fragment)[4] = columns[index % 4];
+                const u32(&fragment)[4] = columns[index % ring];
 #pragma unroll
                 for (u32 tile = 0; tile < 2; ++tile) {
                     Element::multiply_matrices(sums[tile][pair * 2], operand[tile], fragment[0], fragment[1]);
