@@ -15,7 +15,8 @@
 //   Dequantization: a word holds eight codes, code i of a register at bits 4i and 4i + 16, so that one LOP3 gives two
 //   elements 1024 + q (or 1024 + 16 q, from the upper nibble; for bfloat16 128 + q). Subtracting the zero point is
 //   exact; the product with the scale rounds once, to the element.
-//   Accumulation in f32.
+//   Accumulation in f32. On Hopper the products are a warpgroup's (wgmma): its four warps' tiles of sixteen outputs are
+//   the 64 rows of an operand in registers, the activations are read from shared memory as they lie.
 //
 // The order of a row's terms depends on the weight's shape and the number of multiprocessors alone. All (tile, step)
 // pairs lie on a line, tile after tile; worker w takes the pairs [w * share, (w + 1) * share), from the last to the
@@ -97,7 +98,6 @@ struct Dequantizer;
 
 template <>
 struct Dequantizer<F16> {
-    static constexpr bool half_shifts = true;
     NIBBLE_DEVICE static void zeros(u32 (&zero)[4], u32 zero_points) {
 #if HAS_ZERO_POINTS
         zero[0] = permute_bytes(zero_points, 0xe4e4e4e4u, 0x4040);
