@@ -50,7 +50,6 @@ impl Emulator {
                 compute_capability: (8, 0),
                 multiprocessors: 108,
                 shared_bytes_per_block: 163 << 10,
-                memory_bytes: 40 << 30,
             },
             memory: Mutex::new(Memory::default()),
             seed,
@@ -67,7 +66,6 @@ impl Emulator {
             compute_capability: (9, 0),
             multiprocessors: 132,
             shared_bytes_per_block: 227 << 10,
-            memory_bytes: 80 << 30,
         };
         Self { properties, ..Self::new(seed) }
     }

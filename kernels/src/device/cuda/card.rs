@@ -142,19 +142,6 @@ impl Card {
         (0..repeats).map(|_| self.time(replay)).collect()
     }
 
-    /// What machine code must be for this card.
-    pub fn architecture(&self) -> Architecture {
-        Architecture { compute_capability: self.properties.compute_capability }
-    }
-
-    /// Compiles and loads `source`, which otherwise happens at the first launch of one of its kernels.
-    ///
-    /// # Errors
-    /// When it does not compile, or the card does not take it.
-    pub fn load(&self, source: Source) -> Result<(), KernelError> {
-        self.module(&mut self.loaded(), source).map(|_| ())
-    }
-
     fn loaded(&self) -> MutexGuard<'_, Loaded> {
         // Entries are whole before they are inserted.
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
@@ -165,7 +152,8 @@ impl Card {
         if let Some(module) = loaded.modules.get(&key) {
             return Ok(Arc::clone(module));
         }
-        let cubin = self.compiler.cubin(source, self.architecture())?;
+        let architecture = Architecture { compute_capability: self.properties.compute_capability };
+        let cubin = self.compiler.cubin(source, architecture)?;
         let module = self.context.load_module(Ptx::from_binary(cubin));
         let module = module.map_err(|error| self.failed(&format!("load {}", source.name), &error))?;
         loaded.modules.insert(key, Arc::clone(&module));
@@ -319,7 +307,6 @@ fn properties(context: &CudaContext) -> Result<Properties, DriverError> {
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        memory_bytes: context.total_mem()? as u64,
     })
 }
 

@@ -60,8 +60,6 @@ pub struct Properties {
     pub multiprocessors: u32,
     /// Most bytes of shared memory a block can ask for.
     pub shared_bytes_per_block: u32,
-    /// Bytes of device memory.
-    pub memory_bytes: u64,
 }
 
 /// A device that holds memory and runs launches in the order they are submitted.

@@ -71,14 +71,6 @@ impl Cuda {
         self.driver.launch(launch)
     }
 
-    /// Waits for everything submitted so far.
-    ///
-    /// # Errors
-    /// When a kernel failed.
-    pub fn synchronize(&self) -> Result<(), KernelError> {
-        self.driver.synchronize()
-    }
-
     /// Memory of at least `bytes` bytes, with any content, for the launches of one operation: whatever the next
     /// operation submits may overwrite it.
     ///
@@ -139,8 +131,14 @@ impl Device for Cuda {
         self.element.read(&*self.driver, from.address() + offset, to, &mut staging)
     }
 
-    fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CudaPackedMatrix, KernelError> {
-        CudaPackedMatrix::new(&self.driver, &layout::pack(matrix, self.element)?)
+    fn pack_quantized(&self, name: &str, matrix: &QuantizedMatrix) -> Result<CudaPackedMatrix, KernelError> {
+        let parts = layout::pack(matrix, self.element).map_err(|error| match error {
+            KernelError::Value { operation, argument, found, requirement } => {
+                KernelError::Value { operation, argument, found: format!("{found} in {name}"), requirement }
+            }
+            error => error,
+        })?;
+        CudaPackedMatrix::new(&self.driver, &parts)
     }
 
     fn pack_dense(&self, name: &str, matrix: &DenseMatrix<'_>) -> Result<CudaDenseMatrix, KernelError> {

@@ -23,7 +23,6 @@ impl MemoryDriver {
             compute_capability: (8, 0),
             multiprocessors: 1,
             shared_bytes_per_block: 0,
-            memory_bytes: limit as u64,
         };
         Arc::new(Self { properties, memory: Mutex::new((256, BTreeMap::new())), limit })
     }
@@ -153,6 +152,26 @@ fn dense_weights_are_stored_in_the_type_of_the_device() {
     let matrix = DenseMatrix::new(2, 3, DenseValues::BF16(brains.into())).unwrap();
     let refused = device.pack_dense("lm_head", &matrix).unwrap_err().to_string();
     assert!(refused.contains("lm_head") && refused.contains("BF16"), "{refused}");
+}
+
+#[test]
+fn a_quantized_matrix_without_a_kernel_is_refused_by_name() {
+    let device = Cuda::new(MemoryDriver::new(ROOM), Element::F16).unwrap();
+    let parts = |bits, group_size| QuantizedParts {
+        out_features: 2,
+        in_features: 192,
+        bits,
+        group_size,
+        codes: vec![1; 2 * 192],
+        scales: vec![0.5; 2 * 192_usize.div_ceil(group_size)],
+        zero_points: vec![8; 2 * 192_usize.div_ceil(group_size)],
+        input_permutation: None,
+    };
+    for (bits, group_size, argument) in [(8, 64, "bits is 8"), (4, 48, "group_size is 48")] {
+        let matrix = QuantizedMatrix::new(parts(bits, group_size)).unwrap();
+        let refused = device.pack_quantized("layers.3.down_proj", &matrix).unwrap_err().to_string();
+        assert!(refused.contains(argument) && refused.contains("layers.3.down_proj"), "{refused}");
+    }
 }
 
 #[test]

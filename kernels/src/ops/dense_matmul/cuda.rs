@@ -143,7 +143,6 @@ mod tests {
             compute_capability: (8, 0),
             multiprocessors: 108,
             shared_bytes_per_block,
-            memory_bytes: 0,
         }
     }
 

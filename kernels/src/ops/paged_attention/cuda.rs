@@ -313,7 +313,6 @@ mod tests {
             compute_capability: (8, 0),
             multiprocessors,
             shared_bytes_per_block,
-            memory_bytes: 0,
         }
     }
 

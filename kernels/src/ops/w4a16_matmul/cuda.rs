@@ -325,7 +325,6 @@ mod tests {
             compute_capability,
             multiprocessors,
             shared_bytes_per_block: kibibytes * 1024,
-            memory_bytes: 40 << 30,
         }
     }
 
