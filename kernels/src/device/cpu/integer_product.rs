@@ -3,14 +3,17 @@
 //! For each output: `total = 0`; for each chunk of at most 128 inputs in order
 //!
 //! ```text
-//! total += weight scale * (activation scale * sum of q * code - zero point * activation scale * sum of q)
+//! total += minimum * activation scale * sum of q
+//! total += weight scale * activation scale * sum of q * code
 //! ```
 //!
-//! with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
+//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
 //! activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
 
 use std::mem::MaybeUninit;
 
+#[cfg(target_arch = "x86_64")]
+use super::integer_tiles;
 use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
 use super::matrix::{IntegerPanels, PANEL_COLUMNS};
 use super::panel_product::{SharedOutput, write_row};
@@ -20,6 +23,8 @@ use super::tile::for_row_tiles;
 
 /// Rows whose totals a task keeps.
 const ROW_BLOCK: usize = 128;
+/// Up to this many rows go through a panel one chunk after the other with their totals in registers.
+const FEW_ROWS: usize = 4;
 
 /// `output[m, n] = sum over k of input[m, k] * weight[n, k] + bias[n]`, row-major, of rounded inputs.
 pub(crate) struct IntegerProduct<'a, P> {
@@ -31,13 +36,13 @@ pub(crate) struct IntegerProduct<'a, P> {
 }
 
 /// One thread's share: a panel of outputs for a block of rows.
-struct Task<'a, P> {
-    input: &'a IntegerRows,
-    weight: &'a P,
-    bias: Option<&'a [f32]>,
-    output: SharedOutput,
-    rows: std::ops::Range<usize>,
-    panel: usize,
+pub(super) struct Task<'a, P> {
+    pub(super) input: &'a IntegerRows,
+    pub(super) weight: &'a P,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) output: SharedOutput,
+    pub(super) rows: std::ops::Range<usize>,
+    pub(super) panel: usize,
 }
 
 impl<P: IntegerPanels> IntegerProduct<'_, P> {
@@ -55,6 +60,11 @@ impl<P: IntegerPanels> IntegerProduct<'_, P> {
             let first = index / panels * ROW_BLOCK;
             let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
             let task = Task { input, weight, bias, output, rows, panel };
+            #[cfg(target_arch = "x86_64")]
+            if set == InstructionSet::Amx && task.rows.len() >= integer_tiles::LEAST_ROWS {
+                // SAFETY: `set` was detected on this processor, and the output holds the rows.
+                return unsafe { integer_tiles::compute(&task) };
+            }
             // SAFETY: `set` was detected on this processor, and the output holds the rows.
             unsafe { dispatch!(set, <P: IntegerPanels> compute(task: Task<'_, P>)) }
         });
@@ -64,6 +74,20 @@ impl<P: IntegerPanels> IntegerProduct<'_, P> {
 #[inline(always)]
 unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     let rows = task.rows.len();
+    let first = task.rows.start;
+    // SAFETY: so many rows there are.
+    unsafe {
+        match rows {
+            1 => return compute_few::<S, P, 1>(&task, first),
+            2 => return compute_few::<S, P, 2>(&task, first),
+            3 => {
+                compute_few::<S, P, 2>(&task, first);
+                return compute_few::<S, P, 1>(&task, first + 2);
+            }
+            FEW_ROWS => return compute_few::<S, P, FEW_ROWS>(&task, first),
+            _ => {}
+        }
+    }
     // Written by the first chunk: to clear it would take as long as a chunk of one row.
     let mut totals = [const { MaybeUninit::<f32>::uninit() }; ROW_BLOCK * PANEL_COLUMNS];
     if task.weight.in_features() == 0 {
@@ -84,6 +108,36 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     }
 }
 
+/// All of `M` rows from `first` on.
+#[inline(always)]
+unsafe fn compute_few<S: Simd, P: IntegerPanels, const M: usize>(task: &Task<'_, P>, first: usize) {
+    let mut values = [[0.0f32; PANEL_COLUMNS]; M];
+    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
+        // SAFETY: M rows of the task from `first` on, two vectors of columns within the panel.
+        unsafe {
+            let mut totals = [[S::splat(0.0); 2]; M];
+            for (chunk, inputs) in chunks(task.weight).enumerate() {
+                let (start, steps) = (inputs.start, inputs.len().div_ceil(STEP_DEPTH));
+                let part = Part { chunk, start, steps };
+                let sums = sums::<S, P, M>(task, &part, first, column);
+                let factors = factors::<S, P>(task, start, column);
+                for (member, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
+                    let of_row = task.input.factors(first + member, chunk);
+                    add::<S>(totals, sums, factors, of_row);
+                }
+            }
+            for (values, totals) in values.iter_mut().zip(totals) {
+                S::store(values[column..].as_mut_ptr(), totals[0]);
+                S::store(values[column + S::WIDTH..].as_mut_ptr(), totals[1]);
+            }
+        }
+    }
+    for (member, values) in values.iter().enumerate() {
+        // SAFETY: this task alone writes its panel of its rows, which the output holds.
+        unsafe { write_row(task.weight, task.bias, task.output, task.panel, first + member, values) };
+    }
+}
+
 /// A chunk of the inputs.
 struct Part {
     chunk: usize,
@@ -100,41 +154,104 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
     totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
 ) {
     let first = task.rows.start + row;
+    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
+        // SAFETY: M rows of the block remain; two vectors of columns lie in the panel.
+        unsafe {
+            let sums = sums::<S, P, M>(task, part, first, column);
+            let factors = factors::<S, P>(task, part.start, column);
+            for (member, sums) in sums.into_iter().enumerate() {
+                let of_row = task.input.factors(first + member, part.chunk);
+                let totals = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast::<f32>();
+                let mut of_columns = [S::splat(0.0); 2];
+                if part.chunk > 0 {
+                    of_columns = [S::load(totals), S::load(totals.add(S::WIDTH))];
+                }
+                add::<S>(&mut of_columns, sums, factors, of_row);
+                S::store(totals, of_columns[0]);
+                S::store(totals.add(S::WIDTH), of_columns[1]);
+            }
+        }
+    }
+}
+
+/// The sums over a chunk of `q * code` for `M` rows from `first` on and two vectors of columns.
+///
+/// # Safety
+/// The input has those rows, the panel those columns, and the instruction set of `S` is available.
+#[inline(always)]
+unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
+    task: &Task<'_, P>,
+    part: &Part,
+    first: usize,
+    column: usize,
+) -> [[S::I32; 2]; M] {
     let words = task.input.words(first, part.start);
     let stride = task.input.stride();
-    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
-        // SAFETY: M rows of the block remain, each with words for every step; two vectors of columns lie in the panel.
-        unsafe {
-            let mut sums = [[[S::zero(); 2]; 2]; M];
-            for step in 0..part.steps {
-                // No closure: it would be compiled without the instruction set.
-                let codes = [
-                    task.weight.codes::<S>(task.panel, part.start, step, column),
-                    task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
-                ];
-                for (member, sums) in sums.iter_mut().enumerate() {
-                    let words = words.add(member * stride + 2 * step);
-                    for (sums, codes) in sums.iter_mut().zip(codes) {
-                        // Few rows do not fill the pipeline with one sum for each vector.
-                        let odd = usize::from(M <= 2);
-                        sums[0] = P::dot::<S>(sums[0], codes[0], *words);
-                        sums[odd] = P::dot::<S>(sums[odd], codes[1], *words.add(1));
-                    }
+    // SAFETY: the caller's promise; each row has words for every step.
+    unsafe {
+        let mut sums = [[[S::zero(); 2]; 2]; M];
+        for step in 0..part.steps {
+            // No closure: it would be compiled without the instruction set.
+            let codes = [
+                task.weight.codes::<S>(task.panel, part.start, step, column),
+                task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
+            ];
+            for (member, sums) in sums.iter_mut().enumerate() {
+                let words = words.add(member * stride + 2 * step);
+                for (sums, codes) in sums.iter_mut().zip(codes) {
+                    // Few rows do not fill the pipeline with one sum for each vector.
+                    let odd = usize::from(M <= 2);
+                    sums[0] = P::dot::<S>(sums[0], codes[0], *words);
+                    sums[odd] = P::dot::<S>(sums[odd], codes[1], *words.add(1));
                 }
             }
-            for (member, sums) in sums.into_iter().enumerate() {
-                let (scale, sum) = task.input.factors(first + member, part.chunk);
-                for (vector, [even, odd]) in sums.into_iter().enumerate() {
-                    let column = column + vector * S::WIDTH;
-                    let zero_points = task.weight.zero_points::<S>(task.panel, part.start, column);
-                    let dot = S::mul(S::splat(scale), S::to_f32(S::add_i32(even, odd)));
-                    let value = S::multiply_add(zero_points, S::splat(-sum), dot);
-                    let total = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast();
-                    let weight_scale = task.weight.scale::<S>(task.panel, part.start, column);
-                    let before = if part.chunk == 0 { S::splat(0.0) } else { S::load(total) };
-                    S::store(total, S::multiply_add(weight_scale, value, before));
-                }
+        }
+        let mut both = [[S::zero(); 2]; M];
+        for (both, sums) in both.iter_mut().zip(sums) {
+            for (both, [even, odd]) in both.iter_mut().zip(sums) {
+                *both = if M <= 2 { S::add_i32(even, odd) } else { even };
             }
+        }
+        both
+    }
+}
+
+/// Scale and minimum of two vectors of columns in the chunk from `start` on.
+///
+/// # Safety
+/// As for [`sums`].
+#[inline(always)]
+pub(super) unsafe fn factors<S: Simd, P: IntegerPanels>(
+    task: &Task<'_, P>,
+    start: usize,
+    column: usize,
+) -> [[S::F32; 2]; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            task.weight.scale_and_minimum::<S>(task.panel, start, column),
+            task.weight.scale_and_minimum::<S>(task.panel, start, column + S::WIDTH),
+        ]
+    }
+}
+
+/// Adds a chunk to the totals of a row: `sums` of products, `factors` of the columns, scale and sum of the row.
+///
+/// # Safety
+/// The instruction set of `S` is available.
+#[inline(always)]
+pub(super) unsafe fn add<S: Simd>(
+    totals: &mut [S::F32; 2],
+    sums: [S::I32; 2],
+    factors: [[S::F32; 2]; 2],
+    (scale, sum): (f32, f32),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for ((total, products), [weight_scale, minimum]) in totals.iter_mut().zip(sums).zip(factors) {
+            let dot = S::mul(S::splat(scale), S::to_f32(products));
+            let before = S::multiply_add(minimum, S::splat(sum), *total);
+            *total = S::multiply_add(weight_scale, dot, before);
         }
     }
 }

@@ -229,11 +229,11 @@ pub(crate) trait IntegerPanels: Panels {
     /// # Safety
     /// The instruction set of `S` is available.
     unsafe fn dot<S: Simd>(sum: S::I32, codes: S::U32, activations: i32) -> S::I32;
-    /// The zero points of the columns in the chunk from `start` on.
+    /// Scale and minimum of the columns in the chunk from `start` on: `weight = code * scale + minimum`.
     ///
     /// # Safety
     /// As for [`Panels::chunk`] with one vector.
-    unsafe fn zero_points<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32;
+    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 2];
 }
 
 macro_rules! integer_panels {
@@ -262,10 +262,14 @@ macro_rules! integer_panels {
                 unsafe { S::$dot(sum, codes, activations) }
             }
             #[inline(always)]
-            unsafe fn zero_points<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32 {
-                let zero_points = &self.groups.zero_points[self.groups.offset(panel, start, column)..];
+            unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 2] {
+                let at = self.groups.offset(panel, start, column);
                 // SAFETY: the caller keeps column + WIDTH within the panel.
-                unsafe { S::load_u8(zero_points.as_ptr()) }
+                unsafe {
+                    let scale = S::load(self.groups.scales[at..].as_ptr());
+                    let zero_points = S::load_u8(self.groups.zero_points[at..].as_ptr());
+                    [scale, S::mul(S::sub(S::splat(0.0), zero_points), scale)]
+                }
             }
         }
     };

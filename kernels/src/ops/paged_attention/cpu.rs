@@ -1,6 +1,8 @@
 //! Attention on the CPU. A task is a few consecutive queries of one sequence with all the query heads of
 //! one KV head, so that each key and value is read once for all of them.
 
+use std::mem::MaybeUninit;
+
 use super::{Args, BLOCK_SIZE, MAX_HEAD_DIM, PagedAttention, SEQUENCE_WORDS, key_offset, value_offset};
 use crate::device::cpu::simd::{InstructionSet, Simd, dispatch};
 use crate::device::cpu::tile::{FloatColumns, Rows, for_row_tiles, tile};
@@ -93,11 +95,28 @@ fn run_task(set: InstructionSet, task: &Task<'_>) {
 }
 
 /// The running softmax of the query rows of a task.
-struct State {
-    scores: [f32; TASK_ROWS * BLOCK_SIZE],
-    sums: [f32; TASK_ROWS * MAX_HEAD_DIM],
+struct State<'a> {
+    scores: &'a mut [f32],
+    sums: &'a mut [f32],
     largest: [f32; TASK_ROWS],
     totals: [f32; TASK_ROWS],
+}
+
+/// Memory for up to `N` values of a task, of which only those in use are written.
+struct Scratch<const N: usize>([MaybeUninit<f32>; N]);
+
+impl<const N: usize> Scratch<N> {
+    fn new() -> Self {
+        Self([const { MaybeUninit::uninit() }; N])
+    }
+
+    /// The first `length` values, set to 0.
+    fn zeroed(&mut self, length: usize) -> &mut [f32] {
+        let values = &mut self.0[..length];
+        values.fill(MaybeUninit::new(0.0));
+        // SAFETY: all of them were just written, and `MaybeUninit<f32>` lies in memory as `f32` does.
+        unsafe { &mut *(std::ptr::from_mut(values) as *mut [f32]) }
+    }
 }
 
 #[inline(always)]
@@ -105,7 +124,10 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
     let Task { head_dim, heads, kv_heads, kv_head, .. } = *task;
     let shared = heads / kv_heads;
     let rows = task.queries * shared;
-    let mut query = [0.0f32; TASK_ROWS * MAX_HEAD_DIM];
+    let mut query = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
+    let mut sums = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
+    let mut scores = Scratch::<{ TASK_ROWS * BLOCK_SIZE }>::new();
+    let query = query.zeroed(rows * head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
     for row in 0..rows {
         let from = ((task.first_row + row / shared) * heads + kv_head * shared + row % shared) * head_dim;
@@ -115,8 +137,8 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
         }
     }
     let mut state = State {
-        scores: [0.0; TASK_ROWS * BLOCK_SIZE],
-        sums: [0.0; TASK_ROWS * MAX_HEAD_DIM],
+        scores: scores.zeroed(rows * BLOCK_SIZE),
+        sums: sums.zeroed(rows * head_dim),
         largest: [f32::NEG_INFINITY; TASK_ROWS],
         totals: [0.0; TASK_ROWS],
     };
@@ -130,7 +152,7 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
         let first_position = index * BLOCK_SIZE;
         // SAFETY: keys and values are whole blocks, and `query` and `state` hold `rows` rows.
         unsafe {
-            score::<S>(&query, keys, rows, head_dim, &mut state.scores);
+            score::<S>(query, keys, rows, head_dim, state.scores);
             for row in 0..rows {
                 let position = task.first_position + row / shared;
                 let visible = Visible::new(position, task.window, first_position);
@@ -195,7 +217,7 @@ unsafe fn score_tile<S: Simd, const M: usize>(query: &[f32], keys: &[f32], score
 
 /// Turns the scores of a row into weights against the running maximum, and rescales what was summed before.
 #[inline(always)]
-unsafe fn soften<S: Simd>(state: &mut State, row: usize, head_dim: usize, visible: Visible) {
+unsafe fn soften<S: Simd>(state: &mut State<'_>, row: usize, head_dim: usize, visible: Visible) {
     let scores = &mut state.scores[row * BLOCK_SIZE..(row + 1) * BLOCK_SIZE];
     if visible.first >= visible.end {
         scores.fill(0.0);
@@ -236,7 +258,7 @@ unsafe fn soften<S: Simd>(state: &mut State, row: usize, head_dim: usize, visibl
 
 /// `sums[row] += sum over the block's first `keys` keys of weight[row, j] * value[j]`.
 #[inline(always)]
-unsafe fn add_values<S: Simd>(state: &mut State, values: &[f32], rows: usize, keys: usize, head_dim: usize) {
+unsafe fn add_values<S: Simd>(state: &mut State<'_>, values: &[f32], rows: usize, keys: usize, head_dim: usize) {
     for_row_tiles!(S, rows, |row, M| add_values_tile::<S, M>(
         &state.scores[row * BLOCK_SIZE..(row + M) * BLOCK_SIZE],
         values,
