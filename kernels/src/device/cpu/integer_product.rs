@@ -7,16 +7,17 @@
 //! total += weight scale * activation scale * sum of q * code
 //! ```
 //!
-//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
-//! activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
+//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which
+//! are exact in any order; then the bias. What is rounded is the activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
 
 use std::mem::MaybeUninit;
 
 #[cfg(target_arch = "x86_64")]
 use super::integer_tiles;
 use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
-use super::matrix::{IntegerPanels, PANEL_COLUMNS};
+use super::matrix::PANEL_COLUMNS;
 use super::panel_product::{SharedOutput, write_row};
+use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
 use super::thread_pool::ThreadPool;
 use super::tile::for_row_tiles;

@@ -13,8 +13,9 @@ use std::mem::MaybeUninit;
 
 use super::integer_product::{Task, add, factors};
 use super::integer_rows::{STEP_DEPTH, chunks};
-use super::matrix::{CHUNK_DEPTH, IntegerPanels, PANEL_COLUMNS};
+use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS};
 use super::panel_product::write_row;
+use super::quantized_panels::IntegerPanels;
 use super::simd::{Avx512, Simd};
 
 /// Rows and 32-bit columns of a tile.
