@@ -238,6 +238,10 @@ unsafe fn soften<S: Simd>(state: &mut State<'_>, row: usize, head_dim: usize, vi
         }
         scores[..visible.first].fill(0.0);
         scores[visible.end..].fill(0.0);
+        let mut total = S::splat(0.0);
+        for start in (0..BLOCK_SIZE).step_by(S::WIDTH) {
+            total = S::add(total, S::load(scores[start..].as_ptr()));
+        }
         let before = state.largest[row];
         if largest > before {
             let factor = S::exp(S::splat(before - largest));
@@ -248,12 +252,8 @@ unsafe fn soften<S: Simd>(state: &mut State<'_>, row: usize, head_dim: usize, vi
             state.totals[row] *= S::largest(factor);
             state.largest[row] = largest;
         }
+        state.totals[row] += S::sum(total);
     }
-    let mut total = 0.0;
-    for weight in scores {
-        total += *weight;
-    }
-    state.totals[row] += total;
 }
 
 /// `sums[row] += sum over the block's first `keys` keys of weight[row, j] * value[j]`.
