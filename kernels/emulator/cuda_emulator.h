@@ -145,7 +145,9 @@ NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) {
     return result;
 }
 
+NIBBLE_DEVICE u64 multiply_high(u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); }
 NIBBLE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
+NIBBLE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 NIBBLE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 NIBBLE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 

@@ -154,10 +154,18 @@ NIBBLE_DEVICE u32 logic(u32 a, u32 b, u32 c) {
 // byte i of the result.
 NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
 
-// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
+// The upper half of a product.
+NIBBLE_DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
+
+// 2^x, log2(x), 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
 NIBBLE_DEVICE float exp2_fast(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    return result;
+}
+NIBBLE_DEVICE float log2_fast(float x) {
+    float result;
+    asm("lg2.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
 NIBBLE_DEVICE float rsqrt_fast(float x) {
