@@ -3,8 +3,9 @@
 use super::{Args, Product, W4a16Matmul};
 use crate::backend::{Activations, Device};
 use crate::device::cpu::integer_product::IntegerProduct;
-use crate::device::cpu::matrix::{IntegerPanels, Panels, QuantizedPanels};
+use crate::device::cpu::matrix::Panels;
 use crate::device::cpu::panel_product::PanelProduct;
+use crate::device::cpu::quantized_panels::{IntegerPanels, QuantizedPanels};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuPackedMatrix};
 use crate::error::KernelError;
 
@@ -13,20 +14,12 @@ impl W4a16Matmul for Cpu {
         args.check()?;
         let Args { input, products, rows } = args;
         for product in products {
-            match (&product.weight.panels, self.activations()) {
-                (QuantizedPanels::Nibbles(weight), Activations::Integer) => {
-                    multiply_rounded(self, weight, input, product, rows);
-                }
-                (QuantizedPanels::Words(weight), Activations::Integer) => {
-                    multiply_rounded(self, weight, input, product, rows);
-                }
-                (QuantizedPanels::Nibbles(weight), Activations::Float) => {
-                    multiply(self, weight, input, product, rows);
-                }
-                (QuantizedPanels::Words(weight), Activations::Float) => {
-                    multiply(self, weight, input, product, rows);
-                }
-                (QuantizedPanels::Bytes(weight), _) => multiply(self, weight, input, product, rows),
+            match &product.weight.panels {
+                QuantizedPanels::Nibbles(weight) => multiply_steps(self, weight, input, product, rows),
+                QuantizedPanels::FiveBits(weight) => multiply_steps(self, weight, input, product, rows),
+                QuantizedPanels::SevenBits(weight) => multiply_steps(self, weight, input, product, rows),
+                QuantizedPanels::EightBits(weight) => multiply_steps(self, weight, input, product, rows),
+                QuantizedPanels::Bytes(weight) => multiply(self, weight, input, product, rows),
             }
         }
         Ok(())
@@ -34,6 +27,20 @@ impl W4a16Matmul for Cpu {
 }
 
 type CpuProduct<'a> = Product<'a, CpuBuffer, CpuPackedMatrix>;
+
+/// The product of codes in steps, which can be multiplied as integers.
+fn multiply_steps<P: IntegerPanels>(
+    cpu: &Cpu,
+    weight: &P,
+    input: &CpuBuffer,
+    product: &mut CpuProduct<'_>,
+    rows: usize,
+) {
+    match cpu.activations() {
+        Activations::Integer => multiply_rounded(cpu, weight, input, product, rows),
+        Activations::Float => multiply(cpu, weight, input, product, rows),
+    }
+}
 
 fn multiply<P: Panels>(cpu: &Cpu, weight: &P, input: &CpuBuffer, product: &mut CpuProduct<'_>, rows: usize) {
     let bias = product.bias.map(|bias| &**bias);
