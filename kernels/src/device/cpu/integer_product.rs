@@ -7,19 +7,19 @@
 //! total += weight scale * activation scale * sum of q * code
 //! ```
 //!
-//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which
-//! are exact in any order; then the bias. What is rounded is the activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
+//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers,
+//! which are exact in any order; then the bias. What is rounded is the activations alone ([`super::integer_rows`]), row by
+//! row: a row has the same bits alone and in any batch.
 
 use std::mem::MaybeUninit;
 
+use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
 #[cfg(target_arch = "x86_64")]
 use super::integer_tiles;
-use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
 use super::matrix::PANEL_COLUMNS;
 use super::panel_product::{SharedOutput, write_row};
 use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
-use super::thread_pool::ThreadPool;
 use super::tile::for_row_tiles;
 
 /// Rows whose totals a task keeps.
@@ -32,7 +32,7 @@ pub(crate) struct IntegerProduct<'a, P> {
     pub(crate) input: &'a IntegerRows,
     pub(crate) weight: &'a P,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) output: &'a mut [f32],
+    pub(crate) output: SharedOutput,
     pub(crate) rows: usize,
 }
 
@@ -47,28 +47,30 @@ pub(super) struct Task<'a, P> {
 }
 
 impl<P: IntegerPanels> IntegerProduct<'_, P> {
-    /// Computes the product on all threads of `pool`.
+    /// The tasks it consists of, which any threads may run.
+    pub(crate) fn tasks(&self) -> usize {
+        self.weight.out_features().div_ceil(PANEL_COLUMNS) * self.rows.div_ceil(ROW_BLOCK)
+    }
+
+    /// Computes task `index`.
     ///
-    /// # Panics
-    /// When the output is shorter than `rows` times the weight's outputs: callers check their arguments.
-    pub(crate) fn run(self, set: InstructionSet, pool: &ThreadPool) {
-        let out = self.weight.out_features();
-        assert!(self.output.len() >= self.rows * out && self.bias.is_none_or(|bias| bias.len() >= out));
-        let output = SharedOutput::new(self.output);
-        let panels = out.div_ceil(PANEL_COLUMNS);
-        let (input, weight, bias, rows) = (self.input, self.weight, self.bias, self.rows);
-        pool.run(panels * rows.div_ceil(ROW_BLOCK), &|index| {
-            let first = index / panels * ROW_BLOCK;
-            let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
-            let task = Task { input, weight, bias, output, rows, panel };
+    /// # Safety
+    /// `set` was detected on this processor; input and output hold the rows, the bias the outputs; no other thread runs
+    /// this task.
+    pub(crate) unsafe fn run_task(&self, set: InstructionSet, index: usize) {
+        let &Self { input, weight, bias, output, rows } = self;
+        let panels = weight.out_features().div_ceil(PANEL_COLUMNS);
+        let first = index / panels * ROW_BLOCK;
+        let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
+        let task = Task { input, weight, bias, output, rows, panel };
+        // SAFETY: the caller's promise.
+        unsafe {
             #[cfg(target_arch = "x86_64")]
             if set == InstructionSet::Amx && task.rows.len() >= integer_tiles::LEAST_ROWS {
-                // SAFETY: `set` was detected on this processor, and the output holds the rows.
-                return unsafe { integer_tiles::compute(&task) };
+                return integer_tiles::compute(&task);
             }
-            // SAFETY: `set` was detected on this processor, and the output holds the rows.
-            unsafe { dispatch!(set, <P: IntegerPanels> compute(task: Task<'_, P>)) }
-        });
+            dispatch!(set, <P: IntegerPanels> compute(task: Task<'_, P>));
+        }
     }
 }
 

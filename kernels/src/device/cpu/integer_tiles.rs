@@ -78,13 +78,8 @@ impl TileShapes {
     /// Tiles 0 and 1: sums. 2 and 3: activations of `depth` words. 4 to 7: weights of `depth` rows.
     fn new(depth: usize) -> Self {
         let (bytes, rows, full) = (4 * depth as u16, depth as u8, 4 * TILE as u16);
-        let mut shapes = Self {
-            palette: 1,
-            start_row: 0,
-            reserved: [0; 14],
-            bytes_of_a_row: [0; 16],
-            rows: [0; 16],
-        };
+        let mut shapes =
+            Self { palette: 1, start_row: 0, reserved: [0; 14], bytes_of_a_row: [0; 16], rows: [0; 16] };
         shapes.bytes_of_a_row[..8].copy_from_slice(&[full, full, bytes, bytes, full, full, full, full]);
         shapes.rows[..8].copy_from_slice(&[16, 16, 16, 16, rows, rows, rows, rows]);
         shapes
@@ -269,10 +264,8 @@ unsafe fn scale<P: IntegerPanels>(
             if part.chunk > 0 {
                 of_columns = [Vector::load(totals), Vector::load(totals.add(TILE))];
             }
-            let sums = [
-                Vector::load_i32(sums.0[0][member].as_ptr()),
-                Vector::load_i32(sums.0[1][member].as_ptr()),
-            ];
+            let sums =
+                [Vector::load_i32(sums.0[0][member].as_ptr()), Vector::load_i32(sums.0[1][member].as_ptr())];
             add::<Vector>(&mut of_columns, sums, factors, of_row);
             Vector::store(totals, of_columns[0]);
             Vector::store(totals.add(TILE), of_columns[1]);
