@@ -185,7 +185,7 @@ impl Device for Cpu {
     }
 
     fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CpuPackedMatrix, KernelError> {
-        Ok(CpuPackedMatrix::new(matrix))
+        Ok(CpuPackedMatrix::new(matrix, &self.pool))
     }
 
     fn copy_quantized(&self, matrix: &CpuPackedMatrix) -> Result<CpuPackedMatrix, KernelError> {
@@ -205,7 +205,7 @@ impl Device for Cpu {
     }
 
     fn pack_dense(&self, _: &str, matrix: &DenseMatrix<'_>) -> Result<CpuDenseMatrix, KernelError> {
-        Ok(CpuDenseMatrix::new(matrix))
+        Ok(CpuDenseMatrix::new(matrix, &self.pool))
     }
 }
 
