@@ -10,7 +10,7 @@ use nibble_model::forward::{Batch, Logits};
 use crate::engine::{EngineFailure, panic_message};
 use crate::handle::{Command, Health, Shared, Submission};
 use crate::ledger::Ledger;
-use crate::request::{RequestEvent, RequestId, SinkState};
+use crate::request::{Failure, RequestEvent, RequestId, SinkState};
 use crate::runner::{RunnerLimits, StepError, StepRunner, StepValues};
 use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
@@ -142,7 +142,7 @@ impl EngineThread {
     }
 
     /// The token that follows each logit row of `plan`, sampled or known; log probabilities go to `self.logprobs`.
-    fn next_tokens(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, String>> {
+    fn next_tokens(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, Failure>> {
         let mut rows = Vec::with_capacity(logits.rows);
         for (planned, batch_rows) in plan.entries.iter().zip(&plan.batch.sequences) {
             let sequence = &self.scheduler.running()[planned.running];
@@ -162,7 +162,7 @@ impl EngineThread {
         for outcome in sampled {
             let (token, logprobs) = match outcome {
                 Ok(NextToken { token_id, logprobs }) => (Ok(token_id), logprobs),
-                Err(error) => (Err(error.to_string()), None),
+                Err(error) => (Err(error.into()), None),
             };
             tokens.push(token);
             self.logprobs.push(logprobs);
@@ -248,8 +248,8 @@ impl EngineThread {
                         };
                         self.ledger.close(request, finished);
                     }
-                    EffectKind::Failed { message } => {
-                        self.ledger.close(request, RequestEvent::Failed { message });
+                    EffectKind::Failed(failure) => {
+                        self.ledger.close(request, RequestEvent::Failed(failure));
                     }
                 }
             }

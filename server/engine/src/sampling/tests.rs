@@ -368,6 +368,33 @@ fn what_is_allowed_banned_constrained_and_too_early_leaves_what_all_of_them_leav
 }
 
 #[test]
+fn where_nothing_is_left_a_completion_that_may_end_does() {
+    let logits = [5.0, 4.0, 3.0, 2.0];
+    let parameters = SamplingParameters {
+        temperature: 0.0,
+        min_tokens: 9,
+        allowed_token_ids: Some(vec![0, 3]),
+        bad_words: vec![vec![0]],
+        stop_token_ids: vec![3],
+        ..Default::default()
+    };
+    let with = |word: u32, logits: &[f32; 4]| {
+        let allowed = Ok(TokenMask::from_words(vec![word]));
+        let row =
+            SamplingRow { stop_tokens: &[1, 2, 3], allowed: Some(&allowed), ..row(logits, &parameters) };
+        Scratch::default().sample(&row).map(|next| next.token_id)
+    };
+    assert_eq!(with(0b0111, &logits), Ok(1), "the likelier of the ends, allowed_token_ids or not");
+    assert_eq!(with(0b0101, &logits), Ok(2));
+    assert_eq!(
+        with(0b1001, &logits),
+        Err(SamplingError::NothingLeft),
+        "a stop token of the request is no end"
+    );
+    assert_eq!(with(0b0111, &[5.0, f32::NAN, 3.0, 2.0]), Err(SamplingError::NotFinite));
+}
+
+#[test]
 fn a_row_without_a_finite_logit_is_an_error_of_this_row() {
     let mut scratch = Scratch::default();
     let parameters = SamplingParameters { temperature: 0.0, min_tokens: 1, ..Default::default() };
