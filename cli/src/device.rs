@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 use nibble_kernels::backend::Activations;
 use nibble_kernels::device::cpu::Cpu;
@@ -17,9 +16,9 @@ use nibble_kernels::tensor::FloatType;
 use nibble_kernels::{Backend, KernelError};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::config::ModelConfig;
-use nibble_model::forward::Model;
+use nibble_model::forward::{Model, ModelError};
 
-use crate::hub::model_directory;
+use crate::hub::model_path;
 use crate::memory;
 
 /// Bytes that are copied to measure what memory can do.
@@ -309,9 +308,9 @@ fn threads(asked: Option<usize>) -> usize {
     asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1)
 }
 
-/// Opens the checkpoint of `model`: a directory, or a Hugging Face id.
+/// Opens the checkpoint of `model`: a directory, a GGUF file, or a Hugging Face id.
 pub(crate) fn open_checkpoint(model: &str) -> anyhow::Result<Checkpoint> {
-    Ok(Checkpoint::open(&model_directory(model)?)?)
+    Ok(Checkpoint::open(&model_path(model)?)?)
 }
 
 /// Loads a checkpoint onto `backend` for sequences of up to `max_positions` tokens.
@@ -320,6 +319,15 @@ pub(crate) fn load<B: Backend>(
     backend: B,
     max_positions: usize,
 ) -> anyhow::Result<Model<B>> {
-    Model::load(backend, checkpoint, max_positions)
-        .with_context(|| format!("cannot load {}", checkpoint.directory().display()))
+    Model::load(backend, checkpoint, max_positions).map_err(|error| {
+        // On the CPU every form of a GGUF file has its kernel.
+        let help = match &error {
+            ModelError::Kernel(_) if checkpoint.is_gguf() => {
+                "; run it with --device cpu, or make an INT4 directory of it with nibble import and nibble quantize"
+            }
+            _ => "",
+        };
+        let path = checkpoint.path().display();
+        anyhow::Error::new(error).context(format!("cannot load {path}{help}"))
+    })
 }

@@ -9,21 +9,25 @@ use crate::output::Progress;
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// The directory of MODEL.
-pub(crate) fn model_directory(model: &str) -> anyhow::Result<PathBuf> {
+/// The directory or the GGUF file of MODEL.
+pub(crate) fn model_path(model: &str) -> anyhow::Result<PathBuf> {
     match ModelReference::parse(model)? {
-        ModelReference::Directory(directory) => Ok(directory),
-        ModelReference::Gguf(file) => {
-            let directory = file.with_extension("");
-            anyhow::bail!(
-                "{} is a GGUF file, which is not run as it is; run first: nibble import {} {}",
-                file.display(),
-                file.display(),
-                directory.display()
-            )
-        }
+        ModelReference::Directory(path) | ModelReference::Gguf(path) => Ok(path),
         ModelReference::HubId(id) => fetch_model(&id),
     }
+}
+
+/// The directory of MODEL, for what a GGUF file does not do for.
+pub(crate) fn model_directory(model: &str) -> anyhow::Result<PathBuf> {
+    let path = model_path(model)?;
+    anyhow::ensure!(
+        !path.is_file(),
+        "{} is a GGUF file, and this takes a model directory; run first: nibble import {} {}",
+        path.display(),
+        path.display(),
+        path.with_extension("").display()
+    );
+    Ok(path)
 }
 
 fn fetch_model(id: &str) -> anyhow::Result<PathBuf> {

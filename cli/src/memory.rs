@@ -102,13 +102,12 @@ impl MemoryPlan {
 
     /// A table for the user.
     pub(crate) fn table(&self, checkpoint: &Checkpoint) -> String {
-        let weights: u64 = checkpoint.tensors().map(|tensor| tensor.data.len() as u64).sum();
         let tokens = self.kv_blocks * BLOCK_SIZE;
         let mut table = format!(
             "memory   weights   {:>9}  as in the checkpoint\n\
              {:9}KV cache  {:>9}  {tokens} tokens in blocks of {BLOCK_SIZE}, {} a token\n\
              {:9}sequences of up to {} tokens",
-            readable(weights),
+            readable(checkpoint.weight_bytes()),
             "",
             readable((self.kv_blocks * self.kv_block_bytes) as u64),
             readable((self.kv_block_bytes / BLOCK_SIZE) as u64),

@@ -10,6 +10,7 @@ pub mod formats;
 pub mod forward;
 pub mod generation_config;
 pub mod gguf;
+mod gguf_model;
 pub mod hub;
 pub mod import;
 pub mod inspection;

@@ -61,7 +61,7 @@ fn streamed(
     text: &[u32],
     memory_bytes: u64,
 ) -> (Evaluation, Vec<StreamedProgress>) {
-    let spill = Spill { memory_bytes, directory: model.directory().to_owned() };
+    let spill = Spill { memory_bytes, directory: model.path().to_owned() };
     let mut steps = Vec::new();
     let mut progress = |step| steps.push(step);
     let result = evaluate_streamed(Cpu::new(2), model, reference, text, WINDOWS, &spill, &mut progress);
@@ -91,7 +91,7 @@ fn streamed_evaluation_has_the_bits_of_evaluation_with_loaded_models() {
                 assert!(steps.iter().all(|step| step.steps == 15));
             }
         }
-        let left = std::fs::read_dir(original.directory()).expect("a directory").count();
+        let left = std::fs::read_dir(original.path()).expect("a directory").count();
         assert_eq!(left, 2, "no spill file is left beside config.json and the weights");
     }
 }

@@ -75,10 +75,10 @@ fn a_llama_model_is_written_whole_and_its_rotary_rows_are_put_back() {
         "tokenizer_config.json",
     ];
     assert_eq!(names, expected);
-    let tokenizer = Tokenizer::open(checkpoint.directory(), config).unwrap();
+    let tokenizer = Tokenizer::open(checkpoint.path(), config).unwrap();
     assert_eq!(tokenizer.encode("ab<tool> b<|end|>", true).unwrap(), [3, 5, 4, 2, 0]);
     let json = |name: &str| -> serde_json::Value {
-        serde_json::from_slice(&std::fs::read(checkpoint.directory().join(name)).unwrap()).unwrap()
+        serde_json::from_slice(&std::fs::read(checkpoint.path().join(name)).unwrap()).unwrap()
     };
     let tokenizer_config = json("tokenizer_config.json");
     assert_eq!(tokenizer_config["chat_template"], "{{ messages }}");

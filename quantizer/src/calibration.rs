@@ -101,7 +101,7 @@ impl Calibration {
         options: CalibrationOptions,
     ) -> Result<Self, QuantizeError> {
         let config = checkpoint.config();
-        let tokenizer = Tokenizer::open(checkpoint.directory(), config)?;
+        let tokenizer = checkpoint.tokenizer()?;
         let prefix = tokenizer.encode("", true)?;
         let length = options.sequence_length;
         options.check(prefix.len() + 1, config.max_position_embeddings)?;
@@ -109,7 +109,7 @@ impl Calibration {
         let samples = read_samples(files, field, &tokenizer, &prefix, length, &mut skipped)?;
         let is_chat = |sample: &Sample| matches!(sample.content, Content::Document(Document::Chat(_)));
         let template = match samples.iter().any(is_chat) {
-            true => ChatTemplate::open(checkpoint.directory())?,
+            true => checkpoint.chat_template()?,
             false => None,
         };
         let mut packer = Packer::new(&prefix, length, options.samples);

@@ -55,7 +55,7 @@ pub(crate) fn write_files(
     writer: &mut CheckpointWriter,
     quantization: &QuantizationConfig,
 ) -> Result<(), CheckpointError> {
-    let path = checkpoint.directory().join("config.json");
+    let path = checkpoint.path().join("config.json");
     let text = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
     let help = "correct the file or fetch the model again";
     let mut config: Map<String, Value> =
@@ -68,7 +68,7 @@ pub(crate) fn write_files(
         writer.file("quantize_config.json", pretty(&metadata).as_bytes())?;
     }
     for name in COPIED {
-        let path = checkpoint.directory().join(name);
+        let path = checkpoint.path().join(name);
         if path.is_file() {
             let contents = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
             writer.file(name, &contents)?;

@@ -66,7 +66,7 @@ fn compare<B: Backend>(
     for (token, (&found, &expected)) in written.iter().zip(&run.logits).enumerate() {
         let difference = (found - expected).abs();
         if difference.is_nan() || difference > tolerance {
-            let directory = checkpoint.directory().to_owned();
+            let directory = checkpoint.path().to_owned();
             return Err(QuantizeError::VerifiedLogits { token, found, expected, tolerance, directory });
         }
         largest = largest.max(difference);

@@ -9,7 +9,6 @@ use nibble_kernels::Backend;
 use nibble_kernels::backend::Activations;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{Evaluation, StreamedProgress, WindowOptions, evaluate, evaluate_streamed};
-use nibble_model::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::device::{ModelArguments, Work, load, open_checkpoint};
@@ -20,7 +19,7 @@ use crate::output::{Progress, print_json};
 #[derive(Debug, Args)]
 #[command(after_help = "Example: nibble eval ./SmolLM2-135M-int4 --text test.txt --window 512 --windows 40")]
 pub(crate) struct EvalArguments {
-    /// A model directory or a Hugging Face id.
+    /// A model directory, a GGUF file or a Hugging Face id.
     model: String,
     /// The text to score, UTF-8.
     #[arg(long, value_name = "FILE")]
@@ -50,7 +49,7 @@ pub(crate) fn run(arguments: &EvalArguments) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&arguments.text)
         .with_context(|| format!("cannot read the text {}", arguments.text.display()))?;
     let checkpoint = open_checkpoint(&arguments.model)?;
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    let tokenizer = checkpoint.tokenizer()?;
     let tokens = tokenizer.encode(&text, false)?;
     let reference = arguments.reference.as_deref().map(open_checkpoint).transpose()?;
     // What is measured is the weights, as other programs measure them.

@@ -11,7 +11,7 @@ use nibble_engine::{
     SinkState,
 };
 use nibble_kernels::Backend;
-use nibble_model::chat_template::{ChatInputs, ChatTemplate};
+use nibble_model::chat_template::ChatInputs;
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::detokenizer::Detokenizer;
 use nibble_model::forward::BLOCK_SIZE;
@@ -27,7 +27,7 @@ use crate::output::{print_json, print_text};
     after_help = "Example: nibble generate ./SmolLM2-135M-int4 --prompt \"What is the capital of France?\""
 )]
 pub(crate) struct GenerateArguments {
-    /// A model directory or a Hugging Face id.
+    /// A model directory, a GGUF file or a Hugging Face id.
     model: String,
     /// What to answer, or with --raw what to continue.
     #[arg(long)]
@@ -57,7 +57,7 @@ pub(crate) struct GenerateArguments {
 /// Runs the command.
 pub(crate) fn run(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let checkpoint = open_checkpoint(&arguments.model)?;
-    let tokenizer = Arc::new(Tokenizer::open(checkpoint.directory(), checkpoint.config())?);
+    let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let prompt = prompt_tokens(arguments, &checkpoint, &tokenizer)?;
     let prompt_tokens = prompt.len();
     let longest = checkpoint.config().max_position_embeddings;
@@ -120,10 +120,13 @@ fn prompt_tokens(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
 ) -> anyhow::Result<Vec<u32>> {
-    let directory = checkpoint.directory();
-    let template = if arguments.raw { None } else { ChatTemplate::open(directory)? };
+    let template = if arguments.raw { None } else { checkpoint.chat_template()? };
     let Some(template) = template else {
-        ensure!(!arguments.chat, "the model in {} has no chat template; use --raw", directory.display());
+        ensure!(
+            !arguments.chat,
+            "the model in {} has no chat template; use --raw",
+            checkpoint.path().display()
+        );
         return Ok(tokenizer.encode(&arguments.prompt, true)?);
     };
     let text = template.render(&ChatInputs {

@@ -1,11 +1,10 @@
 //! `nibble inspect`: what a model holds.
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use nibble_model::checkpoint::Checkpoint;
-use nibble_model::hub::ModelReference;
 use nibble_model::inspection::{Inspection, Weight, inspect};
 use nibble_model::self_test::SelfTest;
 use nibble_quantizer::quality_gate::recorded_outcome;
@@ -13,7 +12,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::device::DeviceArguments;
-use crate::hub::model_directory;
+use crate::hub::model_path;
 use crate::output::{print_json, print_text};
 
 /// Arguments of `nibble inspect`.
@@ -34,10 +33,7 @@ pub(crate) struct InspectArguments {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &InspectArguments) -> anyhow::Result<()> {
-    let path: PathBuf = match ModelReference::parse(&arguments.model)? {
-        ModelReference::Gguf(file) => file,
-        ModelReference::Directory(_) | ModelReference::HubId(_) => model_directory(&arguments.model)?,
-    };
+    let path = model_path(&arguments.model)?;
     let inspection = inspect(&path)?;
     let verification = match arguments.verify {
         true => Some(verify(&path, arguments)?),

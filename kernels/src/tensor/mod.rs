@@ -4,4 +4,4 @@ mod dense;
 mod quantized;
 
 pub use dense::{DenseMatrix, DenseValues, FloatType};
-pub use quantized::{QuantizedMatrix, QuantizedParts, checksum, stored_bits};
+pub use quantized::{GroupOffsets, QuantizedMatrix, QuantizedParts, checksum, stored_bits};

@@ -4,9 +4,13 @@
 //! into its device form.
 //!
 //! ```text
-//! w[n, p] = (codes[n, p] - zero_points[n, p / group_size]) * scales[n, p / group_size]
+//! w[n, p] = (codes[n, p] - zero_points[n, p / group_size]) * scales[n, p / group_size]     or
+//! w[n, p] =  codes[n, p] * scales[n, p / group_size] + minimums[n, p / group_size]
 //! y[n]    = sum over p of w[n, p] * x[input(p)]
 //! ```
+//!
+//! A matrix has zero points, as GPTQ, AWQ and compressed-tensors write them, or minimums, as GGUF files do
+//! ([`GroupOffsets`]). Codes have no sign: those of a format that has signed ones are stored plus a zero point.
 //!
 //! `n` counts outputs, `p` stored input positions. `input(p)` is `p`, or `input_permutation[p]` for a
 //! checkpoint whose groups are not made of consecutive inputs (act-order with a `g_idx`).
@@ -16,6 +20,15 @@ use super::DenseMatrix;
 use crate::error::KernelError;
 
 const NAME: &str = "quantized matrix";
+
+/// Where the codes of each group lie on the number line. Row-major `[out_features, groups]`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GroupOffsets {
+    /// `weight = (code - zero_point) * scale`; each at most `2^bits` (GPTQ v1 can express 16 for 4 bits).
+    ZeroPoints(Vec<u8>),
+    /// `weight = code * scale + minimum`; finite.
+    Minimums(Vec<f32>),
+}
 
 /// The parts of a [`QuantizedMatrix`], by name, before they were checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,8 +45,8 @@ pub struct QuantizedParts {
     pub codes: Vec<u8>,
     /// Row-major `[out_features, groups]`, finite.
     pub scales: Vec<f32>,
-    /// Row-major `[out_features, groups]`, each at most `2^bits` (GPTQ v1 can express 16 for 4 bits).
-    pub zero_points: Vec<u8>,
+    /// The zero point or the minimum of each group.
+    pub offsets: GroupOffsets,
     /// `input_permutation[p]` is the input feature at stored position `p`; `None` is the identity.
     pub input_permutation: Option<Vec<u32>>,
 }
@@ -56,7 +69,6 @@ impl QuantizedMatrix {
         let groups = in_features.div_ceil(group_size);
         KernelError::check(NAME, "codes", parts.codes.len(), out_features * in_features)?;
         KernelError::check(NAME, "scales", parts.scales.len(), out_features * groups)?;
-        KernelError::check(NAME, "zero_points", parts.zero_points.len(), out_features * groups)?;
         let levels = 1u32 << bits;
         if let Some(code) = parts.codes.iter().find(|&&code| u32::from(code) >= levels) {
             return Err(KernelError::Value {
@@ -66,8 +78,20 @@ impl QuantizedMatrix {
                 requirement: "must be below 2^bits",
             });
         }
-        let zero = parts.zero_points.iter().find(|&&zero| u32::from(zero) > levels);
-        KernelError::require(zero.is_none(), NAME, "zero_points", zero.unwrap_or(&0), "at most 2^bits")?;
+        match &parts.offsets {
+            GroupOffsets::ZeroPoints(zero_points) => {
+                KernelError::check(NAME, "zero_points", zero_points.len(), out_features * groups)?;
+                let zero = zero_points.iter().find(|&&zero| u32::from(zero) > levels);
+                let found = zero.unwrap_or(&0);
+                KernelError::require(zero.is_none(), NAME, "zero_points", found, "at most 2^bits")?;
+            }
+            GroupOffsets::Minimums(minimums) => {
+                KernelError::check(NAME, "minimums", minimums.len(), out_features * groups)?;
+                let unsound = minimums.iter().find(|minimum| !minimum.is_finite());
+                let found = unsound.unwrap_or(&0.0);
+                KernelError::require(unsound.is_none(), NAME, "minimums", found, "must be finite")?;
+            }
+        }
         let scale = parts.scales.iter().find(|scale| !scale.is_finite());
         KernelError::require(scale.is_none(), NAME, "scales", scale.unwrap_or(&0.0), "must be finite")?;
         if let Some(permutation) = &parts.input_permutation {
@@ -124,8 +148,6 @@ impl QuantizedMatrix {
                 codes.extend(group.iter().map(|weight| ((weight * inverse).round() + middle) as u8));
             }
         }
-        let zero_points = vec![middle as u8; out_features * groups];
-        let input_permutation = None;
         Self::new(QuantizedParts {
             out_features,
             in_features,
@@ -133,8 +155,8 @@ impl QuantizedMatrix {
             group_size,
             codes,
             scales,
-            zero_points,
-            input_permutation,
+            offsets: GroupOffsets::ZeroPoints(vec![middle as u8; out_features * groups]),
+            input_permutation: None,
         })
     }
 
@@ -173,9 +195,17 @@ impl QuantizedMatrix {
         &self.parts.scales
     }
 
-    /// Zero points, row-major `[out_features, groups]`.
-    pub fn zero_points(&self) -> &[u8] {
-        &self.parts.zero_points
+    /// The zero point or the minimum of each group.
+    pub fn offsets(&self) -> &GroupOffsets {
+        &self.parts.offsets
+    }
+
+    /// Zero points, row-major `[out_features, groups]`; `None` for a matrix with minimums.
+    pub fn zero_points(&self) -> Option<&[u8]> {
+        match &self.parts.offsets {
+            GroupOffsets::ZeroPoints(zero_points) => Some(zero_points),
+            GroupOffsets::Minimums(_) => None,
+        }
     }
 
     /// `permutation[p]` is the input feature at stored position `p`; `None` is the identity.
@@ -183,10 +213,10 @@ impl QuantizedMatrix {
         self.parts.input_permutation.as_deref()
     }
 
-    /// Whether every zero point is the middle of the range (`2^(bits-1)`).
+    /// Whether every group has a zero point in the middle of the range (`2^(bits-1)`).
     pub fn is_symmetric(&self) -> bool {
         let middle = 1u8 << (self.parts.bits - 1);
-        self.parts.zero_points.iter().all(|&zero| zero == middle)
+        self.zero_points().is_some_and(|zero_points| zero_points.iter().all(|&zero| zero == middle))
     }
 
     /// The weights this matrix stands for, row-major `[out_features, in_features]`, inputs in their
@@ -198,7 +228,11 @@ impl QuantizedMatrix {
             for position in 0..inputs {
                 let group = output * groups + position / self.group_size();
                 let code = f32::from(self.parts.codes[output * inputs + position]);
-                let value = (code - f32::from(self.parts.zero_points[group])) * self.parts.scales[group];
+                let scale = self.parts.scales[group];
+                let value = match &self.parts.offsets {
+                    GroupOffsets::ZeroPoints(zero_points) => (code - f32::from(zero_points[group])) * scale,
+                    GroupOffsets::Minimums(minimums) => code * scale + minimums[group],
+                };
                 let input =
                     self.parts.input_permutation.as_ref().map_or(position, |order| order[position] as usize);
                 weights[output * inputs + input] = value;
@@ -207,9 +241,14 @@ impl QuantizedMatrix {
         weights
     }
 
-    /// Bits stored for each weight: codes, F16 scales and packed zero points.
+    /// Bits stored for each weight: codes, F16 scales, and packed zero points or F16 minimums.
     pub fn bits_per_weight(&self) -> f64 {
-        stored_bits(self.bits(), self.groups(), self.in_features())
+        match &self.parts.offsets {
+            GroupOffsets::ZeroPoints(_) => stored_bits(self.bits(), self.groups(), self.in_features()),
+            GroupOffsets::Minimums(_) => {
+                f64::from(self.bits()) + self.groups() as f64 * 32.0 / self.in_features().max(1) as f64
+            }
+        }
     }
 
     /// The [`checksum`] of the dequantized weights' bits: equal for equal weights, whatever format they came
@@ -245,7 +284,7 @@ mod tests {
             group_size: 2,
             codes: vec![0, 8, 15, 1, 2, 3],
             scales: vec![0.5, 2.0, 1.0, 0.25],
-            zero_points: vec![8, 8, 0, 16],
+            offsets: GroupOffsets::ZeroPoints(vec![8, 8, 0, 16]),
             input_permutation: None,
         }
     }
@@ -255,6 +294,17 @@ mod tests {
         let matrix = QuantizedMatrix::new(parts()).unwrap();
         assert_eq!(matrix.dequantize(), [-4.0, 0.0, 14.0, 1.0, 2.0, -3.25]);
         assert!(!matrix.is_symmetric());
+        assert_eq!(matrix.zero_points(), Some(&[8, 8, 0, 16][..]));
+    }
+
+    #[test]
+    fn dequantize_applies_scale_and_minimum_of_the_group() {
+        let offsets = GroupOffsets::Minimums(vec![-4.0, 0.5, 0.0, -8.0]);
+        let matrix = QuantizedMatrix::new(QuantizedParts { offsets, ..parts() }).unwrap();
+        assert_eq!(matrix.dequantize(), [-4.0, 0.0, 30.5, 1.0, 2.0, -7.25]);
+        assert!(!matrix.is_symmetric() && matrix.zero_points().is_none());
+        // Two groups of a row have a scale and a minimum in F16 each: 64 bits for 3 weights.
+        assert!((matrix.bits_per_weight() - (4.0 + 64.0 / 3.0)).abs() < 1e-12);
     }
 
     fn dense(out_features: usize, in_features: usize, values: &[f32]) -> DenseMatrix<'_> {
@@ -297,13 +347,16 @@ mod tests {
     #[test]
     fn each_broken_invariant_is_refused_by_name() {
         type Break = fn(&mut QuantizedParts);
-        let cases: [(&str, Break); 7] = [
+        let cases: [(&str, Break); 10] = [
             ("bits", |p| p.bits = 9),
             ("group_size", |p| p.group_size = 0),
             ("codes", |p| p.codes[0] = 16),
             ("codes", |p| p.codes.truncate(5)),
             ("scales", |p| p.scales[1] = f32::NAN),
-            ("zero_points", |p| p.zero_points[0] = 17),
+            ("zero_points", |p| p.offsets = GroupOffsets::ZeroPoints(vec![17, 8, 8, 8])),
+            ("zero_points", |p| p.offsets = GroupOffsets::ZeroPoints(vec![8; 3])),
+            ("minimums", |p| p.offsets = GroupOffsets::Minimums(vec![0.0; 5])),
+            ("minimums", |p| p.offsets = GroupOffsets::Minimums(vec![0.0, 0.0, f32::INFINITY, 0.0])),
             ("input_permutation", |p| p.input_permutation = Some(vec![0, 0, 1])),
         ];
         for (name, break_it) in cases {

@@ -78,18 +78,29 @@ impl ChatTemplate {
     pub fn open(directory: &Path) -> Result<Option<Self>, CheckpointError> {
         let config_file = directory.join("tokenizer_config.json");
         let config = Fields::read_if_present(&config_file)?;
-        let special_tokens = config.as_ref().map(special_tokens).transpose()?.unwrap_or_default();
         let template_file = directory.join("chat_template.jinja");
         if template_file.exists() {
+            let special_tokens = config.as_ref().map(special_tokens).transpose()?.unwrap_or_default();
             let source = std::fs::read_to_string(&template_file)
                 .map_err(CheckpointError::io("read", &template_file))?;
             let templates = vec![(DEFAULT.to_owned(), source)];
             return Self::compile(&template_file, templates, special_tokens).map(Some);
         }
-        let Some(templates) = config.as_ref().map(named_templates).transpose()?.flatten() else {
-            return Ok(None);
-        };
-        Self::compile(&config_file, templates, special_tokens).map(Some)
+        match config {
+            Some(config) => Self::of_config(&config_file, &config),
+            None => Ok(None),
+        }
+    }
+
+    /// The chat template in `config`, the tokenizer_config.json that `file` holds.
+    ///
+    /// # Errors
+    /// When it is no template.
+    pub(crate) fn of_config(file: &Path, config: &Fields) -> Result<Option<Self>, CheckpointError> {
+        match named_templates(config)? {
+            Some(templates) => Self::compile(file, templates, special_tokens(config)?).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// A template from its source, with the special tokens of the model's own template, if it has one.

@@ -30,7 +30,8 @@ impl Fields {
         if file.exists() { Self::read(file).map(Some) } else { Ok(None) }
     }
 
-    fn from_value(file: &Path, prefix: String, value: Value) -> Result<Self, CheckpointError> {
+    /// The object `value` of `file`, found at `prefix` in it.
+    pub(crate) fn from_value(file: &Path, prefix: String, value: Value) -> Result<Self, CheckpointError> {
         match value {
             Value::Object(object) => Ok(Self { file: file.to_owned(), prefix, object }),
             other => {

@@ -122,7 +122,8 @@ fn same_output_head(model: &Checkpoint, reference: &Checkpoint) -> Result<bool, 
         false => "lm_head.weight",
     };
     let (name, reference_name) = (name(model), name(reference));
-    if !model.has(name) || !reference.has(reference_name) {
+    let dense = |checkpoint: &Checkpoint, name| !checkpoint.is_gguf() && checkpoint.has(name);
+    if !dense(model, name) || !dense(reference, reference_name) {
         return Ok(false); // A quantized head has other tensors.
     }
     let (tensor, other) = (model.raw(name)?, reference.raw(reference_name)?);

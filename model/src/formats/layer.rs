@@ -1,7 +1,7 @@
 //! The tensors of one quantized linear layer: what the readers and the writers of all formats do alike.
 
 use half::f16;
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 
 use super::{ActivationOrder, ModuleSettings};
@@ -52,8 +52,7 @@ impl LayerReader<'_> {
     }
 
     pub(super) fn error(&self, part: &str, found: impl ToString, expected: impl ToString) -> CheckpointError {
-        let file =
-            self.checkpoint.raw(&self.name(part)).map_or(self.checkpoint.directory(), |info| info.file);
+        let file = self.checkpoint.raw(&self.name(part)).map_or(self.checkpoint.path(), |info| info.file);
         CheckpointError::tensor(file, &self.name(part), found, expected, HELP)
     }
 
@@ -108,11 +107,11 @@ impl LayerReader<'_> {
             group_size: self.group_size(),
             codes: contents.codes,
             scales: contents.scales,
-            zero_points: contents.zero_points,
+            offsets: GroupOffsets::ZeroPoints(contents.zero_points),
             input_permutation: contents.input_permutation,
         })
         .map_err(|error| {
-            let directory = self.checkpoint.directory();
+            let directory = self.checkpoint.path();
             CheckpointError::tensor(directory, self.prefix, error, "a valid matrix", HELP)
         })
     }
@@ -136,15 +135,18 @@ impl LayerWriter<'_> {
         CheckpointError::tensor(self.writer.path(), self.prefix, found, expected, help)
     }
 
-    /// Refuses zero points outside of `lowest..2^bits`.
-    pub(super) fn check_zero_points(&self, lowest: u8) -> Result<(), CheckpointError> {
+    /// The zero points, row-major `[out_features, groups]`; refuses those outside of `lowest..2^bits`, and minimums.
+    pub(super) fn zero_points(&self, lowest: u8) -> Result<&[u8], CheckpointError> {
+        let Some(zero_points) = self.matrix.zero_points() else {
+            return Err(self.refuse("with minimums", "zero points, which the format can express"));
+        };
         let highest = ((1u32 << self.matrix.bits()) - 1) as u8;
-        match self.matrix.zero_points().iter().find(|&zero| !(lowest..=highest).contains(zero)) {
+        match zero_points.iter().find(|&zero| !(lowest..=highest).contains(zero)) {
             Some(zero) => {
                 let expected = format!("{lowest} to {highest}, which the format can express");
                 Err(self.refuse(format!("with a zero point of {zero}"), expected))
             }
-            None => Ok(()),
+            None => Ok(zero_points),
         }
     }
 

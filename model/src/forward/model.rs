@@ -12,7 +12,7 @@ use super::output_stage::{FinalNorm, OutputStage, load_output_head};
 use super::rotary::RotaryTables;
 use super::step::{BatchLimits, Step};
 use super::streamed::EMBEDDING;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, EmbeddingRows};
 use crate::config::ModelConfig;
 
 /// A model with its weights on a device.
@@ -33,6 +33,11 @@ pub struct Model<B: Backend> {
 pub(super) enum Table<B: Backend> {
     Own(B::DenseMatrix),
     Head,
+    /// In its file, from which the host reads the rows of each step.
+    File {
+        rows: EmbeddingRows,
+        values: Vec<f32>,
+    },
 }
 
 /// Every weight of a model on a device.
@@ -72,7 +77,9 @@ impl<B: Backend> Model<B> {
         let config = checkpoint.config();
         paged_attention::check_heads(config.heads, config.kv_heads, config.head_dim)?;
         let head = load_output_head(&backend, checkpoint)?;
-        let embedding = if config.tie_word_embeddings && head.dense().is_some() {
+        let embedding = if let Some(rows) = checkpoint.embedding_rows(EMBEDDING) {
+            Table::File { rows, values: Vec::new() }
+        } else if config.tie_word_embeddings && head.dense().is_some() {
             Table::Head
         } else {
             let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
@@ -152,7 +159,7 @@ impl<B: Backend> Model<B> {
             self.activation_rows = rows.next_power_of_two();
             self.activations = Activations::new(&self.backend, &self.config, self.activation_rows)?;
         }
-        self.embed(rows)?;
+        self.embed(&batch.token_ids)?;
         let context = LayerContext {
             backend: &self.backend,
             config: &self.config,
@@ -176,19 +183,24 @@ impl<B: Backend> Model<B> {
         Ok(self.output.hidden_states(&self.backend, residual, addend, &batch.hidden_rows)?)
     }
 
-    fn embed(&mut self, rows: usize) -> Result<(), KernelError> {
-        let table = match &self.embedding {
-            Table::Own(table) => Some(table),
+    fn embed(&mut self, token_ids: &[u32]) -> Result<(), ModelError> {
+        let table = match &mut self.embedding {
+            Table::File { rows, values } => {
+                values.resize(token_ids.len() * self.config.hidden_size, 0.0);
+                rows.read(&self.config, token_ids, values)?;
+                return Ok(self.backend.write(values, &mut self.activations.residual)?);
+            }
+            Table::Own(table) => Some(&*table),
             Table::Head => self.head.dense(),
         };
         let Some(table) = table else {
             unreachable!("a head that shares the embedding table is dense: `load` packs it so");
         };
-        self.backend.embedding(embedding::Args {
+        Ok(self.backend.embedding(embedding::Args {
             token_ids: &self.step.token_ids,
             table,
             output: &mut self.activations.residual,
-            rows,
-        })
+            rows: token_ids.len(),
+        })?)
     }
 }

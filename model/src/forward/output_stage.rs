@@ -105,7 +105,7 @@ pub(crate) fn load_output_head<B: Backend>(
     let spec = LinearSpec::output_head(config);
     let weight = if config.tie_word_embeddings {
         checkpoint.refuse_quantized(&spec.name, "none: tie_word_embeddings takes the embedding table")?;
-        LinearWeight::Dense(checkpoint.dense(EMBEDDING, spec.out_features, spec.in_features)?)
+        checkpoint.weight(EMBEDDING, spec.out_features, spec.in_features)?
     } else {
         checkpoint.linear(&spec.name, spec.out_features, spec.in_features)?
     };

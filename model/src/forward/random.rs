@@ -9,7 +9,7 @@ use half::f16;
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::Backend;
 use nibble_kernels::ops::paged_attention;
-use nibble_kernels::tensor::{DenseMatrix, DenseValues, QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{DenseMatrix, DenseValues, GroupOffsets, QuantizedMatrix, QuantizedParts};
 
 use super::ModelError;
 use super::decoder_layer::{DecoderLayer, LinearRole};
@@ -131,7 +131,6 @@ impl Random {
             zero_points.iter_mut().for_each(|zero| *zero = *zero + (self.next() % 3) as u8 - 1);
         }
         let scales = vec![scale; out_features * groups];
-        let input_permutation = None;
         Ok(LinearWeight::Quantized(QuantizedMatrix::new(QuantizedParts {
             out_features,
             in_features,
@@ -139,8 +138,8 @@ impl Random {
             group_size,
             codes,
             scales,
-            zero_points,
-            input_permutation,
+            offsets: GroupOffsets::ZeroPoints(zero_points),
+            input_permutation: None,
         })?))
     }
 }

@@ -56,7 +56,7 @@ pub fn streamed_logits<B: Backend>(
     tokens: &[u32],
 ) -> Result<Logits, ModelError> {
     let mut runner = LayerRunner::new(backend, checkpoint.config(), tokens.len())?;
-    let in_memory = Spill { memory_bytes: u64::MAX, directory: checkpoint.directory().to_owned() };
+    let in_memory = Spill { memory_bytes: u64::MAX, directory: checkpoint.path().to_owned() };
     let states = through_layers(&mut runner, checkpoint, &[tokens], &in_memory, &mut || ())?;
     let mut hidden = Vec::new();
     states.read(0, &mut hidden)?;
@@ -70,13 +70,18 @@ pub fn streamed_logits<B: Backend>(
 pub fn embed(checkpoint: &Checkpoint, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
     let config = checkpoint.config();
     let (vocabulary, width) = (config.vocabulary_size, config.hidden_size);
+    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
+        return Err(BatchError { problem: format!("token {token} is not below {vocabulary}") }.into());
+    }
+    if let Some(rows) = checkpoint.embedding_rows(EMBEDDING) {
+        let mut hidden = vec![0.0; tokens.len() * width];
+        rows.read(config, tokens, &mut hidden)?;
+        return Ok(hidden);
+    }
     let table = checkpoint.dense(EMBEDDING, vocabulary, width)?;
     let mut hidden = Vec::with_capacity(tokens.len() * width);
     for &token in tokens {
         let row = token as usize;
-        if row >= vocabulary {
-            return Err(BatchError { problem: format!("token {token} is not below {vocabulary}") }.into());
-        }
         hidden.extend((row * width..(row + 1) * width).map(|element| table.values().get(element)));
     }
     Ok(hidden)

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-pub use blocks::BlockType;
+pub use blocks::{BlockGroups, BlockType};
 pub use element_type::{ElementType, UndecodedType};
 pub use metadata::{MetadataArray, MetadataValue};
 

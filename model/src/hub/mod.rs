@@ -113,7 +113,7 @@ pub fn fetch(
         }
     } else {
         let help = match names.iter().find(|name| name.ends_with(".gguf")) {
-            Some(file) => format!("download {file} from it and run nibble import"),
+            Some(file) => format!("download {file} from it and name that file"),
             None => "choose a model with safetensors weights".to_owned(),
         };
         return Err(hub.error(

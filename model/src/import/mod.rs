@@ -1,26 +1,19 @@
 //! From a GGUF file to a Hugging Face directory that Nibble and transformers open.
 //!
 //! ```text
-//! config.json, generation_config.json          from the metadata, [`architecture`] and [`rope`]
-//! tokenizer.json, tokenizer_config.json,       from the vocabulary in the metadata, [`tokenizer`]
+//! config.json, generation_config.json          from the metadata
+//! tokenizer.json, tokenizer_config.json,       from the vocabulary in the metadata
 //! chat_template.jinja
-//! model.safetensors, or shards and an index    decoded blocks, [`weights`]; names and shapes: [`tensors`]
+//! model.safetensors, or shards and an index    decoded blocks, [`weights`]
 //! ```
 //!
-//! Everything but the elements is checked before the first byte is written, and the directory gets its name when
+//! What the file holds [`crate::gguf_model`] says. Everything but the elements is checked before the first byte is written, and the directory gets its name when
 //! it is complete. One tensor is in memory at a time.
 //!
-//! llama.cpp stores the query and key projections of Llama models with the two halves of each head interleaved;
-//! that is undone here. Quantized blocks are decoded to the nearest value of the chosen float type. A value beyond
-//! its range is refused, not clamped: the model would no longer be the one in the file.
-//!
-//! Refused by name: other architectures than llama, qwen2 and qwen3, mixtures of experts, files of several
-//! parts, tensors that the architecture has no place for.
+//! Quantized blocks are decoded to the nearest value of the chosen float type. A value beyond its range is refused, not
+//! clamped: the model would no longer be the one in the file.
 
-mod architecture;
-mod rope;
-mod tensors;
-mod tokenizer;
+mod config_json;
 mod weights;
 
 use std::path::Path;
@@ -32,7 +25,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::CheckpointWriter;
 use crate::config::ModelConfig;
 use crate::error::CheckpointError;
-use crate::gguf::GgufFile;
+use crate::gguf_model::GgufModel;
 
 /// What to write.
 #[derive(Clone, Copy, Debug)]
@@ -75,44 +68,33 @@ pub fn import(
     options: ImportOptions,
     progress: &mut dyn FnMut(ImportProgress<'_>),
 ) -> Result<ImportSummary, CheckpointError> {
-    let gguf = GgufFile::open(source)?;
-    let mut config = shape(&gguf, options.float_type)?;
-    let plan = tensors::plan(&gguf, &config)?;
-    let tokenizer = tokenizer::read(&gguf, &config)?;
-    config.bos_token_id = tokenizer.bos;
-    config.eos_token_ids.clone_from(&tokenizer.eos);
+    let model = GgufModel::open(source, options.float_type)?;
+    let (tokenizer, tokenizer_config) = (model.tokenizer()?, model.tokenizer_config()?);
+    let (config, tensors) = (model.config(), model.tensors());
 
     let mut writer = CheckpointWriter::create(out, options.max_shard_bytes)?;
     let mut bytes = 0;
-    for (index, tensor) in plan.iter().enumerate() {
-        let elements = weights::convert(&gguf, tensor, options.float_type)?;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let elements = weights::convert(&model, tensor, options.float_type)?;
         writer.tensor(&tensor.name, dtype(options.float_type), &tensor.shape, &elements)?;
         bytes += elements.len() as u64;
-        progress(ImportProgress { tensors_done: index + 1, tensors: plan.len(), tensor: &tensor.name });
+        progress(ImportProgress { tensors_done: index + 1, tensors: tensors.len(), tensor: &tensor.name });
     }
-    let config_json = architecture::config_json(&config, tokenizer.pad);
-    let generation = generation_config(&config, tokenizer.pad);
+    let config_json = config_json::config_json(config, model.padding_token());
+    let generation = generation_config(config, model.padding_token());
     for (name, value) in [
         ("config.json", &config_json),
         ("generation_config.json", &generation),
-        ("tokenizer.json", &tokenizer.tokenizer),
-        ("tokenizer_config.json", &tokenizer.config),
+        ("tokenizer.json", &tokenizer.json),
+        ("tokenizer_config.json", &tokenizer_config),
     ] {
         writer.file(name, format!("{value:#}\n").as_bytes())?;
     }
-    if let Some(template) = &tokenizer.chat_template {
+    if let Some(template) = model.chat_template()? {
         writer.file("chat_template.jinja", template.as_bytes())?;
     }
     writer.finish()?;
-    Ok(ImportSummary { config, tensors: plan.len(), bytes })
-}
-
-/// The shape of the model in `gguf`, written in `float_type`. Token ids are left empty.
-///
-/// # Errors
-/// Names the metadata that is missing, malformed or not supported.
-pub(crate) fn shape(gguf: &GgufFile, float_type: FloatType) -> Result<ModelConfig, CheckpointError> {
-    architecture::read(gguf, float_type)
+    Ok(ImportSummary { config: config.clone(), tensors: tensors.len(), bytes })
 }
 
 fn dtype(float_type: FloatType) -> Dtype {

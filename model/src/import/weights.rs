@@ -3,36 +3,19 @@
 use half::{bf16, f16};
 use nibble_kernels::tensor::FloatType;
 
-use super::tensors::{RowOrder, TensorPlan};
 use crate::error::CheckpointError;
-use crate::gguf::GgufFile;
+use crate::gguf_model::{GgufModel, TensorPlan};
 
-/// Decodes the tensor of `plan` row by row, puts the rows in order and rounds to `float_type`, to nearest even.
+/// Decodes the tensor of `plan` row by row and rounds to `float_type`, to nearest even.
 pub(super) fn convert(
-    gguf: &GgufFile,
+    model: &GgufModel,
     plan: &TensorPlan,
     float_type: FloatType,
 ) -> Result<Vec<u8>, CheckpointError> {
-    let file = gguf.path();
-    let Some(tensor) = gguf.tensor(&plan.source) else {
-        unreachable!("the plan holds only tensors that the file has");
-    };
-    let block = tensor.block_type(file)?;
-    // A vector is one row of blocks, so it is put in order after decoding.
-    let (rows, width) = match plan.shape.as_slice() {
-        [rows, width] => (*rows, *width),
-        _ => (1, tensor.elements()),
-    };
-    let row_bytes = width / block.elements() * block.bytes();
-    let mut values = vec![0.0; width];
-    let mut bytes = Vec::with_capacity(rows * width * float_type.bytes());
-    for row in 0..rows {
-        let source = if plan.shape.len() == 2 { plan.rows.source_row(row) } else { row };
-        block.decode(&tensor.data[source * row_bytes..][..row_bytes], &mut values);
-        if plan.shape.len() == 1 && plan.rows != RowOrder::Same {
-            values = (0..width).map(|index| values[plan.rows.source_row(index)]).collect();
-        }
-        if let Some(value) = append(&values, float_type, &mut bytes) {
+    let mut bytes = Vec::with_capacity(plan.shape.iter().product::<usize>() * float_type.bytes());
+    model.decode(plan, &mut |values| match append(values, float_type, &mut bytes) {
+        None => Ok(()),
+        Some(value) => {
             let help = if value.is_finite() {
                 "import with --dtype bf16 or f32"
             } else {
@@ -40,9 +23,9 @@ pub(super) fn convert(
             };
             let expected = format!("within the range of {float_type}");
             let found = format!("holding {value}");
-            return Err(CheckpointError::tensor(file, &plan.source, found, expected, help));
+            Err(CheckpointError::tensor(model.path(), &plan.source, found, expected, help))
         }
-    }
+    })?;
     Ok(bytes)
 }
 

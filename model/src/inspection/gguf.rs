@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{Contents, Inspection, Shape, Weight, layer_of};
 use crate::error::CheckpointError;
 use crate::gguf::{GgufFile, GgufTensor};
-use crate::import;
+use crate::gguf_model;
 
 pub(super) fn inspect(path: &Path) -> Result<Inspection, CheckpointError> {
     let gguf = GgufFile::open(path)?;
@@ -21,7 +21,7 @@ pub(super) fn inspect(path: &Path) -> Result<Inspection, CheckpointError> {
         format: "gguf",
         architecture: gguf.string("general.architecture")?.unwrap_or("unknown").to_owned(),
         // A file that cannot be imported can be looked into all the same.
-        shape: import::shape(&gguf, FloatType::F16).ok().as_ref().map(Shape::of),
+        shape: gguf_model::shape(&gguf, FloatType::F16).ok().as_ref().map(Shape::of),
         quantization: Some(json!({ "tensors_by_type": types })),
         tokenizer: gguf.metadata("tokenizer.ggml.tokens").is_some(),
         chat_template: gguf.metadata("tokenizer.chat_template").is_some(),

@@ -82,13 +82,7 @@ impl SelfTest {
         if !variance.is_finite() || !rounded.iter().all(|logit| logit.is_finite()) {
             let (found, expected) = ("not finite", "finite numbers");
             let help = "the original model or the quantized weights overflow; quantize with other settings";
-            return Err(mismatch(
-                checkpoint.directory(),
-                "the logits of the self-test",
-                found,
-                expected,
-                help,
-            ));
+            return Err(mismatch(checkpoint.path(), "the logits of the self-test", found, expected, help));
         }
         let (logits, rounded_logits) = (golden(last), golden(rounded));
         let tolerance = (TOLERANCE_OF_DEVIATION * variance.sqrt()) as f32;
@@ -150,7 +144,7 @@ impl SelfTest {
                     None => "missing".to_owned(),
                 };
                 let help = "the weights are damaged or not those of this self-test; fetch or quantize again";
-                let directory = checkpoint.directory();
+                let directory = checkpoint.path();
                 return Err(CheckpointError::tensor(directory, name, say(found), say(expected), help));
             }
         }
@@ -177,7 +171,7 @@ impl SelfTest {
     pub fn check_streamed<B: Backend>(&self, backend: B, checkpoint: &Checkpoint) -> Result<f32, ModelError> {
         let activations = backend.activations();
         let logits = streamed_logits(backend, checkpoint, &self.tokens)?;
-        self.check_logits(logits.row(logits.rows - 1), activations, checkpoint.directory())
+        self.check_logits(logits.row(logits.rows - 1), activations, checkpoint.path())
     }
 
     fn check_logits(

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter, LinearWeight};
 use nibble_model::formats::{
     Format, GptqVersion, GroupSize, ModuleSettings, QuantizationConfig, QuantizationPlan,
@@ -23,7 +23,7 @@ fn write(directory: &Path, format: Format, extra: &[(&str, Dtype, usize)]) -> Qu
         group_size: 16,
         codes: vec![3; 16 * 32],
         scales: vec![0.5; 32],
-        zero_points: vec![7; 32],
+        offsets: GroupOffsets::ZeroPoints(vec![7; 32]),
         input_permutation: None,
     });
     let mut writer = CheckpointWriter::create(directory, u64::MAX).unwrap();
@@ -91,7 +91,7 @@ fn the_output_head_is_quantized_only_where_the_metadata_say_so() {
         group_size: 16,
         codes: (0..512).map(|index| (index % 15) as u8).collect(),
         scales: vec![0.5; 32],
-        zero_points: vec![7; 32],
+        offsets: GroupOffsets::ZeroPoints(vec![7; 32]),
         input_permutation: None,
     })
     .unwrap();
@@ -159,20 +159,24 @@ fn what_a_format_cannot_express_is_not_written() {
         group_size: 16,
         codes: vec![0; 128],
         scales: vec![0.5; 8],
-        zero_points: vec![8; 8],
+        offsets: GroupOffsets::ZeroPoints(vec![8; 8]),
         input_permutation: None,
     };
+    fn zero(parts: &mut QuantizedParts, zero: u8) {
+        parts.offsets = GroupOffsets::ZeroPoints(vec![8, 8, 8, zero, 8, 8, 8, 8]);
+    }
     type Change = fn(&mut QuantizedParts);
-    let cases: [(Change, ModuleSettings, &[Format], &str); 6] = [
+    let cases: [(Change, ModuleSettings, &[Format], &str); 7] = [
         (|_| (), settings(8, GroupSize::PerChannel, false), &FORMATS, "of 4 bits"),
         (|_| (), settings(4, GroupSize::Inputs(8), false), &FORMATS, "groups of 16"),
-        (|p| p.zero_points[3] = 7, settings(4, GroupSize::PerChannel, true), &FORMATS[..2], "asymmetric"),
-        (|p| p.zero_points[3] = 16, settings(4, GroupSize::PerChannel, false), &FORMATS, "zero point of 16"),
+        (|p| zero(p, 7), settings(4, GroupSize::PerChannel, true), &FORMATS[..2], "asymmetric"),
+        (|p| zero(p, 16), settings(4, GroupSize::PerChannel, false), &FORMATS, "zero point of 16"),
+        (|p| zero(p, 0), settings(4, GroupSize::PerChannel, false), &FORMATS[..1], "zero point of 0"),
         (
-            |p| p.zero_points[3] = 0,
+            |p| p.offsets = GroupOffsets::Minimums(vec![-1.0; 8]),
             settings(4, GroupSize::PerChannel, false),
-            &FORMATS[..1],
-            "zero point of 0",
+            &FORMATS,
+            "with minimums",
         ),
         (|p| p.scales[3] = 0.1, settings(4, GroupSize::PerChannel, false), &FORMATS, "scale of 0.1"),
     ];

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 use nibble_model::checkpoint::{Checkpoint, CheckpointWriter};
 use nibble_model::formats::{Format, GptqVersion, GroupSize, ModuleSettings, QuantizationConfig};
 use nibble_model::inspection::inspect;
@@ -83,7 +83,7 @@ fn matrix(
             group_size,
             codes,
             scales: scales.into_iter().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
-            zero_points,
+            offsets: GroupOffsets::ZeroPoints(zero_points),
             input_permutation: None,
         };
         QuantizedMatrix::new(parts).expect("valid parts")

@@ -50,7 +50,7 @@ fn checkpoint(parent: &Path, template: Option<&str>) -> Checkpoint {
 
 /// The sequences as words.
 fn words(checkpoint: &Checkpoint, calibration: &Calibration) -> Vec<String> {
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config()).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
     calibration.sequences().iter().map(|tokens| tokenizer.decode(tokens, false).unwrap()).collect()
 }
 

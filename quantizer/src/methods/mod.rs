@@ -8,7 +8,7 @@ pub(crate) mod rtn;
 mod tests;
 
 use nibble_kernels::KernelError;
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 
 use crate::grid::Affine;
 
@@ -35,7 +35,7 @@ pub(crate) fn assemble(
         group_size,
         codes,
         scales: grids.iter().map(|grid| grid.scale).collect(),
-        zero_points: grids.iter().map(|grid| grid.zero).collect(),
+        offsets: GroupOffsets::ZeroPoints(grids.iter().map(|grid| grid.zero).collect()),
         input_permutation: None,
     })
 }

@@ -1,6 +1,6 @@
 //! Reports of made-up runs.
 
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 use nibble_model::formats::{Format, GptqVersion, GroupSize};
 
 use super::chart::{error_chart, heat_map};
@@ -93,7 +93,7 @@ fn error_and_its_inputs_are_those_of_the_definition() {
         group_size: 2,
         codes: vec![14, 16 - 1, 14, 3],
         scales: vec![0.25, 0.25],
-        zero_points: vec![8, 8],
+        offsets: GroupOffsets::ZeroPoints(vec![8, 8]),
         input_permutation: None,
     })
     .unwrap();

@@ -5,7 +5,9 @@ use clap::Args;
 use nibble_kernels::backend::Activations;
 use nibble_kernels::backend::MatrixShape;
 use nibble_kernels::ops::{dense_matmul, paged_attention, rms_norm, silu_mul, w4a16_matmul};
-use nibble_kernels::tensor::{DenseMatrix, DenseValues, FloatType, QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{
+    DenseMatrix, DenseValues, FloatType, GroupOffsets, QuantizedMatrix, QuantizedParts,
+};
 use nibble_kernels::{Backend, KernelError};
 use serde::Serialize;
 use serde_json::json;
@@ -335,7 +337,9 @@ fn random_matrix(
         group_size: arguments.group_size,
         codes: (0..outputs * inputs).map(|_| code()).collect(),
         scales: vec![1.0 / 1024.0; outputs * groups],
-        zero_points: (0..outputs * groups).map(|_| if arguments.zero_points { code() } else { 8 }).collect(),
+        offsets: GroupOffsets::ZeroPoints(
+            (0..outputs * groups).map(|_| if arguments.zero_points { code() } else { 8 }).collect(),
+        ),
         input_permutation: None,
     })
 }

@@ -12,7 +12,7 @@ use crate::hub::model_directory;
 /// Which model, and where it runs.
 #[derive(Debug, Args)]
 pub(super) struct BenchModelArguments {
-    /// A model directory or a Hugging Face id.
+    /// A model directory, a GGUF file or a Hugging Face id.
     model: String,
     /// Where weights come from: dummy makes random ones in the shape that config.json says, and reads nothing else.
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 use clap::Args;
 use nibble_model::checkpoint::Checkpoint;
-use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::calibration::{CalibrationOptions, PARQUET_THREAD};
 use nibble_quantizer::{Calibration, Settings};
 
@@ -61,7 +60,7 @@ impl CalibrationArguments {
             "--calibration self cannot be combined with files or --calibration-field; \
              give either, or ./self for a file of that name"
         );
-        let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+        let tokenizer = checkpoint.tokenizer()?;
         let mut model = load(checkpoint, device.cpu(), sequence_length)?;
         let mut bar = Progress::new("writing the calibration text");
         Ok(Some(Calibration::from_model(&mut model, &tokenizer, options, &mut |tokens, wanted| {

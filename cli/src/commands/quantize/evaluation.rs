@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::evaluation::{Evaluation, WindowOptions, evaluate_streamed};
-use nibble_model::tokenizer::Tokenizer;
 
 use super::arguments::QuantizeArguments;
 use crate::memory::spill;
@@ -15,7 +14,7 @@ use crate::output::Progress;
 pub(super) fn read_tokens(checkpoint: &Checkpoint, text: &Path, window: usize) -> anyhow::Result<Vec<u32>> {
     let contents =
         std::fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
+    let tokenizer = checkpoint.tokenizer()?;
     let tokens = tokenizer.encode(&contents, false)?;
     ensure!(
         (2..=tokens.len()).contains(&window),
@@ -34,7 +33,7 @@ pub(super) fn evaluate_both(
     tokens: &[u32],
 ) -> anyhow::Result<Evaluation> {
     let options = WindowOptions { window: arguments.eval_window, windows: arguments.eval_windows };
-    let (cpu, spill) = (arguments.device.cpu(), spill(quantized.directory()));
+    let (cpu, spill) = (arguments.device.cpu(), spill(quantized.path()));
     let mut bar = Progress::new("perplexity before and after");
     Ok(evaluate_streamed(cpu, quantized, Some(original), tokens, options, &spill, &mut |progress| {
         bar.update(progress.steps_done as u64, progress.steps as u64, "windows x layers");

@@ -18,14 +18,14 @@ pub(crate) use self::arguments::QuantizeArguments;
 use self::evaluation::{evaluate_both, read_tokens};
 use self::run_report::{peak_memory_bytes, start_report};
 use self::summary::print_summary;
-use crate::device::open_checkpoint;
+use crate::hub::model_directory;
 use crate::output::{Progress, print_json, start_logging};
 
 /// Runs the command.
 pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     start_logging("warn");
     let started = Instant::now();
-    let checkpoint = open_checkpoint(&arguments.model)?;
+    let checkpoint = Checkpoint::open(&model_directory(&arguments.model)?)?;
     let settings = arguments.settings();
     // A text that cannot be scored must not be found out after the work.
     let eval_tokens = match &arguments.eval_text {
@@ -47,12 +47,12 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
     let report =
         quantize(cpu, &checkpoint, &arguments.out, &settings, calibration.as_ref(), options, &mut show)?;
     drop(bar);
-    let mut run = start_report(arguments, checkpoint.directory(), settings, calibration.as_ref(), report);
+    let mut run = start_report(arguments, checkpoint.path(), settings, calibration.as_ref(), report);
     run.seconds = started.elapsed().as_secs_f64();
     run.peak_memory_bytes = peak_memory_bytes();
     // Complete as it is: an evaluation that is cut off leaves a report without perplexity and a gate not passed.
     run.quality_gate = arguments.max_perplexity_increase.map(QualityGate::pending);
-    run.write(checkpoint.directory(), &arguments.out)?;
+    run.write(checkpoint.path(), &arguments.out)?;
 
     eprintln!("reading {} back", arguments.out.display());
     let verification = verify(
@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: &QuantizeArguments) -> anyhow::Result<()> {
         if let (Some(gate), Some(quality)) = (arguments.max_perplexity_increase, &run.quality) {
             run.quality_gate = Some(gate.judge(quality.perplexity_before, quality.perplexity_after));
         }
-        run.write(checkpoint.directory(), &arguments.out)?;
+        run.write(checkpoint.path(), &arguments.out)?;
     }
     if arguments.json {
         print_json(&run)?;

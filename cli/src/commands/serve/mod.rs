@@ -12,11 +12,8 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use nibble_engine::{Engine, EngineConfig, ModelRunner, Pooling};
 use nibble_kernels::Backend;
-use nibble_model::chat_template::ChatTemplate;
 use nibble_model::checkpoint::Checkpoint;
-use nibble_model::generation_config::GenerationConfig;
 use nibble_model::self_test::SelfTest;
-use nibble_model::tokenizer::Tokenizer;
 use nibble_quantizer::quality_gate::recorded_outcome;
 use nibble_server::{ReasoningFormat, ServedModel, ServerOptions, Service, ToolCallFormat};
 
@@ -34,7 +31,7 @@ const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
 #[command(after_help = "Example: nibble serve ./SmolLM2-135M-int4 --port 8000\n\
                         Logs: RUST_LOG=warn, or RUST_LOG=debug for more.")]
 pub(crate) struct ServeArguments {
-    /// A model directory or a Hugging Face id.
+    /// A model directory, a GGUF file or a Hugging Face id.
     model: String,
     /// Name of the model in the API; the directory's name or the Hugging Face id when not given.
     #[arg(long, value_name = "NAME")]
@@ -111,16 +108,16 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     start_logging("info");
     let bound = arguments.service.bind()?;
     let checkpoint = open_checkpoint(&arguments.model)?;
-    warn_of_quality_gate(checkpoint.directory());
+    warn_of_quality_gate(checkpoint.path());
     let self_test = match arguments.self_test {
-        true => Some(SelfTest::open(checkpoint.directory())?),
+        true => Some(SelfTest::open(checkpoint.path())?),
         false => None,
     };
-    let tokenizer = Tokenizer::open(checkpoint.directory(), checkpoint.config())?;
-    let chat_template = ChatTemplate::open(checkpoint.directory())?;
-    let generation_config = GenerationConfig::open(checkpoint.directory())?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let chat_template = checkpoint.chat_template()?;
+    let generation_config = checkpoint.generation_config()?;
     let device = arguments.run.device(checkpoint.config())?;
-    let weight_bytes = checkpoint.tensors().map(|tensor| tensor.data.len() as u64).sum();
+    let weight_bytes = checkpoint.weight_bytes();
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
         default_kv_cache_bytes: device.kv_cache_bytes(weight_bytes)?,
@@ -148,7 +145,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
         generation_config,
-        pooling: Pooling::of_checkpoint(checkpoint.directory())?.unwrap_or(Pooling::Last),
+        pooling: Pooling::of_checkpoint(checkpoint.path())?.unwrap_or(Pooling::Last),
         engine: engine.handle(),
     };
     drop(checkpoint);
@@ -196,7 +193,7 @@ impl Work for StartEngine<'_> {
     ) -> anyhow::Result<Engine> {
         let mut model = load(self.checkpoint, open()?, self.plan.max_model_len)?;
         if let Some(test) = self.self_test {
-            let difference = test.check_model(&mut model, self.checkpoint.directory())?;
+            let difference = test.check_model(&mut model, self.checkpoint.path())?;
             let (weights, tolerance) = (test.weights.len(), test.tolerance);
             tracing::info!(weights, largest_logit_difference = difference, tolerance, "the self-test passed");
         }

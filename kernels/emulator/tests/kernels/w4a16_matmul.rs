@@ -5,7 +5,7 @@ use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::backend::Device;
 use nibble_kernels::device::cuda::Element;
 use nibble_kernels::ops::w4a16_matmul::{self, Args, W4a16Matmul, reference};
-use nibble_kernels::tensor::{QuantizedMatrix, QuantizedParts};
+use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 
 use crate::lab::{
     Lab, Outcome, Suite, TestDevice, check, check_rounded, check_same_bits, random, random_words,
@@ -249,7 +249,7 @@ impl Problem {
             group_size,
             codes: random_words(outputs * inputs, 3, 16).into_iter().map(byte).collect(),
             scales: scales.collect(),
-            zero_points: zero_points.into_iter().map(byte).collect(),
+            offsets: GroupOffsets::ZeroPoints(zero_points.into_iter().map(byte).collect()),
             input_permutation: permuted.then(|| (0..inputs as u32).rev().collect()),
         });
         Self {

@@ -3,17 +3,18 @@
 //! For each output: `total = 0`; for each chunk of at most 128 inputs in order
 //!
 //! ```text
-//! total += weight scale * (activation scale * sum of q * code - zero point * activation scale * sum of q)
+//! total += minimum * activation scale * sum of q;   total += weight scale * activation scale * sum of q * code
 //! ```
 //!
-//! with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
+//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
 //! activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
 
 use std::mem::MaybeUninit;
 
 use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
-use super::matrix::{IntegerPanels, PANEL_COLUMNS};
+use super::matrix::PANEL_COLUMNS;
 use super::panel_product::{SharedOutput, write_row};
+use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
 use super::thread_pool::ThreadPool;
 use super::tile::for_row_tiles;
@@ -122,17 +123,21 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
                     }
                 }
             }
+            let factors = [
+                task.weight.scale_and_minimum::<S>(task.panel, part.start, column),
+                task.weight.scale_and_minimum::<S>(task.panel, part.start, column + S::WIDTH),
+            ];
             for (member, sums) in sums.into_iter().enumerate() {
                 let (scale, sum) = task.input.factors(first + member, part.chunk);
-                for (vector, [even, odd]) in sums.into_iter().enumerate() {
-                    let column = column + vector * S::WIDTH;
-                    let zero_points = task.weight.zero_points::<S>(task.panel, part.start, column);
+                let first = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column);
+                for (vector, ([even, odd], [weight_scale, minimum])) in
+                    sums.into_iter().zip(factors).enumerate()
+                {
                     let dot = S::mul(S::splat(scale), S::to_f32(S::add_i32(even, odd)));
-                    let value = S::multiply_add(zero_points, S::splat(-sum), dot);
-                    let total = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast();
-                    let weight_scale = task.weight.scale::<S>(task.panel, part.start, column);
+                    let total = first.add(vector * S::WIDTH).cast();
                     let before = if part.chunk == 0 { S::splat(0.0) } else { S::load(total) };
-                    S::store(total, S::multiply_add(weight_scale, value, before));
+                    let before = S::multiply_add(minimum, S::splat(sum), before);
+                    S::store(total, S::multiply_add(weight_scale, dot, before));
                 }
             }
         }

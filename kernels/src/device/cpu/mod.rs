@@ -9,13 +9,16 @@ pub(crate) mod integer_product;
 pub(crate) mod integer_rows;
 pub(crate) mod matrix;
 pub(crate) mod panel_product;
+mod quantized_codes;
+pub(crate) mod quantized_panels;
 pub(crate) mod simd;
 pub(crate) mod thread_pool;
 pub(crate) mod tile;
 
 use aligned::AlignedVec;
 use integer_rows::IntegerRows;
-pub use matrix::{CpuDenseMatrix, CpuPackedMatrix};
+pub use matrix::CpuDenseMatrix;
+pub use quantized_panels::CpuPackedMatrix;
 pub use simd::InstructionSet;
 pub use thread_pool::ThreadPool;
 

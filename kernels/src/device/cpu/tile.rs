@@ -9,6 +9,7 @@
 
 use half::{bf16, f16};
 
+use super::quantized_codes::STEPS_OF_FIFTH_BITS;
 use super::simd::Simd;
 
 /// A source of weight columns, widened to `f32`.
@@ -65,12 +66,13 @@ impl<S: Simd> Columns<S> for BrainColumns {
     }
 }
 
-/// Four-bit codes less their zero points: word `depth / 8` of a column holds eight depths.
+/// Four-bit codes times `factors` plus `offsets`: word `depth / 8` of a column holds eight depths.
 #[derive(Clone, Copy)]
 pub(crate) struct NibbleColumns<S: Simd, const V: usize> {
     pub(crate) from: *const u32,
     pub(crate) stride: usize,
-    pub(crate) zero_points: [S::F32; V],
+    pub(crate) factors: [S::F32; V],
+    pub(crate) offsets: [S::F32; V],
 }
 
 impl<S: Simd, const V: usize> Columns<S> for NibbleColumns<S, V> {
@@ -79,18 +81,48 @@ impl<S: Simd, const V: usize> Columns<S> for NibbleColumns<S, V> {
         // SAFETY: the caller's promise.
         unsafe {
             let words = S::load_u32(self.from.add(depth / 8 * self.stride + vector * S::WIDTH));
-            S::sub(S::nibble(words, 4 * step as u32), self.zero_points[vector])
+            let codes = S::nibble(words, 4 * step as u32);
+            S::multiply_add(codes, self.factors[vector], self.offsets[vector])
         }
     }
 }
 
-/// Codes of one byte less their zero points: words `depth / 4` and `depth / 4 + 1` of a column hold eight depths, the
+/// Five-bit codes: those of [`NibbleColumns`], and words of the fifth bits of 32 depths from the panel's first on, in the
+/// order of [`super::quantized_codes::FiveBits`].
+#[derive(Clone, Copy)]
+pub(crate) struct FiveBitColumns<S: Simd, const V: usize> {
+    pub(crate) nibbles: NibbleColumns<S, V>,
+    pub(crate) high: *const u32,
+    /// Words of eight depths before the source's first depth.
+    pub(crate) first_step: usize,
+}
+
+impl<S: Simd, const V: usize> Columns<S> for FiveBitColumns<S, V> {
+    #[inline(always)]
+    unsafe fn load(self, depth: usize, step: usize, vector: usize) -> S::F32 {
+        let NibbleColumns { from, stride, factors, offsets } = self.nibbles;
+        let index = self.first_step + depth / 8;
+        let bit = 8 * (step / 2) + 4 * (step % 2) + index % STEPS_OF_FIFTH_BITS;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let words = S::load_u32(from.add(depth / 8 * stride + vector * S::WIDTH));
+            let row = index / STEPS_OF_FIFTH_BITS;
+            let high = S::load_u32(self.high.add(row * stride + vector * S::WIDTH));
+            let low = S::nibble(words, 4 * step as u32);
+            let codes = S::multiply_add(S::bits(high, bit as u32, 1), S::splat(16.0), low);
+            S::multiply_add(codes, factors[vector], offsets[vector])
+        }
+    }
+}
+
+/// Codes of one byte times `factors` plus `offsets`: words `depth / 4` and `depth / 4 + 1` of a column hold eight depths, the
 /// even ones and the odd ones.
 #[derive(Clone, Copy)]
 pub(crate) struct WordColumns<S: Simd, const V: usize> {
     pub(crate) from: *const u32,
     pub(crate) stride: usize,
-    pub(crate) zero_points: [S::F32; V],
+    pub(crate) factors: [S::F32; V],
+    pub(crate) offsets: [S::F32; V],
 }
 
 impl<S: Simd, const V: usize> Columns<S> for WordColumns<S, V> {
@@ -100,17 +132,19 @@ impl<S: Simd, const V: usize> Columns<S> for WordColumns<S, V> {
         unsafe {
             let row = depth / 4 + step % 2;
             let words = S::load_u32(self.from.add(row * self.stride + vector * S::WIDTH));
-            S::sub(S::byte(words, 8 * (step as u32 / 2)), self.zero_points[vector])
+            let codes = S::bits(words, 8 * (step as u32 / 2), 255);
+            S::multiply_add(codes, self.factors[vector], self.offsets[vector])
         }
     }
 }
 
-/// Codes of one byte less their zero points.
+/// Codes of one byte times `factors` plus `offsets`.
 #[derive(Clone, Copy)]
 pub(crate) struct ByteColumns<S: Simd, const V: usize> {
     pub(crate) from: *const u8,
     pub(crate) stride: usize,
-    pub(crate) zero_points: [S::F32; V],
+    pub(crate) factors: [S::F32; V],
+    pub(crate) offsets: [S::F32; V],
 }
 
 impl<S: Simd, const V: usize> Columns<S> for ByteColumns<S, V> {
@@ -119,7 +153,7 @@ impl<S: Simd, const V: usize> Columns<S> for ByteColumns<S, V> {
         // SAFETY: the caller's promise.
         unsafe {
             let codes = S::load_u8(self.from.add((depth + step) * self.stride + vector * S::WIDTH));
-            S::sub(codes, self.zero_points[vector])
+            S::multiply_add(codes, self.factors[vector], self.offsets[vector])
         }
     }
 }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::backend::MatrixShape;
-use crate::tensor::{DenseValues, QuantizedParts};
+use crate::tensor::{DenseValues, GroupOffsets, QuantizedParts};
 
 /// A driver with memory and no kernels.
 #[derive(Debug)]
@@ -164,7 +164,7 @@ fn a_quantized_matrix_without_a_kernel_is_refused_by_name() {
         group_size,
         codes: vec![1; 2 * 192],
         scales: vec![0.5; 2 * 192_usize.div_ceil(group_size)],
-        zero_points: vec![8; 2 * 192_usize.div_ceil(group_size)],
+        offsets: GroupOffsets::ZeroPoints(vec![8; 2 * 192_usize.div_ceil(group_size)]),
         input_permutation: None,
     };
     for (bits, group_size, argument) in [(8, 64, "bits is 8"), (4, 48, "group_size is 48")] {
@@ -172,6 +172,10 @@ fn a_quantized_matrix_without_a_kernel_is_refused_by_name() {
         let refused = device.pack_quantized("layers.3.down_proj", &matrix).unwrap_err().to_string();
         assert!(refused.contains(argument) && refused.contains("layers.3.down_proj"), "{refused}");
     }
+    let offsets = GroupOffsets::Minimums(vec![-4.0; 2 * 3]);
+    let matrix = QuantizedMatrix::new(QuantizedParts { offsets, ..parts(4, 64) }).unwrap();
+    let refused = device.pack_quantized("layers.3.down_proj", &matrix).unwrap_err().to_string();
+    assert!(refused.contains("minimums") && refused.contains("layers.3.down_proj"), "{refused}");
 }
 
 #[test]
@@ -186,7 +190,7 @@ fn a_copy_of_a_quantized_matrix_has_memory_of_its_own() {
         group_size,
         codes: (0..out_features * in_features).map(|index| (index * 7 % 16) as u8).collect(),
         scales: vec![0.5; out_features * 2],
-        zero_points: vec![8; out_features * 2],
+        offsets: GroupOffsets::ZeroPoints(vec![8; out_features * 2]),
         input_permutation: None,
     };
     let matrix = device.pack_quantized("weight", &QuantizedMatrix::new(parts).unwrap()).unwrap();

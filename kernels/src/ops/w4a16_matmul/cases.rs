@@ -4,7 +4,7 @@
 use super::{Args, W4a16Matmul, reference};
 use crate::check::{Checker, random};
 use crate::error::KernelError;
-use crate::tensor::{QuantizedMatrix, QuantizedParts};
+use crate::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 
 const NAME: &str = "w4a16_matmul";
 /// Outputs that are compared: a few are enough of what takes the reference long.
@@ -101,7 +101,9 @@ fn matrix<D: W4a16Matmul>(checker: &Checker<'_, D>, case: &Case) -> Result<Quant
         group_size,
         codes: random(outputs * inputs, 7).iter().map(code).collect(),
         scales: checker.input(&scales)?.1,
-        zero_points: zero_points.iter().map(|value| if symmetric { 8 } else { code(value) }).collect(),
+        offsets: GroupOffsets::ZeroPoints(
+            zero_points.iter().map(|value| if symmetric { 8 } else { code(value) }).collect(),
+        ),
         // 7 divides no number of inputs above.
         input_permutation: permuted
             .then(|| (0..inputs as u32).map(|position| position * 7 % inputs as u32).collect()),
@@ -110,19 +112,23 @@ fn matrix<D: W4a16Matmul>(checker: &Checker<'_, D>, case: &Case) -> Result<Quant
 
 /// The rows `outputs` of `matrix`.
 fn select(matrix: &QuantizedMatrix, outputs: &[usize]) -> Result<QuantizedMatrix, KernelError> {
-    let rows = |values: &[u8], width: usize| -> Vec<u8> {
+    fn rows_of<T: Copy>(values: &[T], width: usize, outputs: &[usize]) -> Vec<T> {
         outputs.iter().flat_map(|output| &values[output * width..][..width]).copied().collect()
-    };
+    }
     let (inputs, groups) = (matrix.in_features(), matrix.groups());
-    let scales = outputs.iter().flat_map(|output| &matrix.scales()[output * groups..][..groups]);
     QuantizedMatrix::new(QuantizedParts {
         out_features: outputs.len(),
         in_features: inputs,
         bits: matrix.bits(),
         group_size: matrix.group_size(),
-        codes: rows(matrix.codes(), inputs),
-        scales: scales.copied().collect(),
-        zero_points: rows(matrix.zero_points(), groups),
+        codes: rows_of(matrix.codes(), inputs, outputs),
+        scales: rows_of(matrix.scales(), groups, outputs),
+        offsets: match matrix.offsets() {
+            GroupOffsets::ZeroPoints(zero_points) => {
+                GroupOffsets::ZeroPoints(rows_of(zero_points, groups, outputs))
+            }
+            GroupOffsets::Minimums(minimums) => GroupOffsets::Minimums(rows_of(minimums, groups, outputs)),
+        },
         input_permutation: matrix.input_permutation().map(<[u32]>::to_vec),
     })
 }

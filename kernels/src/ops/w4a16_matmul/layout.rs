@@ -64,13 +64,21 @@ pub(crate) fn packed_groups(in_features: usize, group_size: usize) -> usize {
 /// Packs `matrix` for a device with activations of type `element`.
 ///
 /// # Errors
-/// When its codes have more than four bits, its groups are none that the kernel reads, or its inputs are no multiple
-/// of eight.
+/// When its codes have more than four bits, it has minimums, its groups are none that the kernel reads, or its inputs
+/// are no multiple of eight.
 pub(crate) fn pack(matrix: &QuantizedMatrix, element: Element) -> Result<PackedParts, KernelError> {
     const NAME: &str = "w4a16_matmul";
     let (outputs, inputs) = (matrix.out_features(), matrix.in_features());
     let bits = matrix.bits();
     KernelError::require(bits <= BITS, NAME, "bits", bits, "must be at most 4 on a CUDA device")?;
+    let Some(of_groups) = matrix.zero_points() else {
+        return Err(KernelError::Value {
+            operation: NAME,
+            argument: "offsets",
+            found: "minimums".to_owned(),
+            requirement: "must be zero points on a CUDA device: quantize the model to a format that has them",
+        });
+    };
     KernelError::require(
         inputs > 0 && inputs.is_multiple_of(8),
         NAME,
@@ -113,7 +121,7 @@ pub(crate) fn pack(matrix: &QuantizedMatrix, element: Element) -> Result<PackedP
     }
 
     let mut scales = vec![0u16; strips * groups * STRIP_OUTPUTS];
-    let symmetric = matrix.zero_points().iter().all(|&zero| zero == MIDDLE);
+    let symmetric = of_groups.iter().all(|&zero| zero == MIDDLE);
     let mut zero_points = vec![MIDDLE; if symmetric { 0 } else { scales.len() }];
     for output in 0..outputs {
         for group in 0..matrix.groups() {
@@ -121,7 +129,7 @@ pub(crate) fn pack(matrix: &QuantizedMatrix, element: Element) -> Result<PackedP
             let to = (output / STRIP_OUTPUTS * groups + group) * STRIP_OUTPUTS + output % STRIP_OUTPUTS;
             scales[to] = element.round(matrix.scales()[from]);
             if !symmetric {
-                zero_points[to] = matrix.zero_points()[from];
+                zero_points[to] = of_groups[from];
             }
         }
     }

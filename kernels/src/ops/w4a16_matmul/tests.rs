@@ -1,31 +1,53 @@
+use half::f16;
+
 use super::{Args, W4a16Matmul, reference};
 use crate::backend::{Activations, Device};
 use crate::device::cpu::{Cpu, InstructionSet};
-use crate::tensor::{QuantizedMatrix, QuantizedParts};
+use crate::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 use crate::testing::{random, upload};
 
+#[derive(Clone, Copy, Debug)]
 struct Shape {
     out_features: usize,
     in_features: usize,
     group_size: usize,
     bits: u32,
     permuted: bool,
+    offsets: OffsetKind,
+    /// Whether F16 holds every scale and minimum.
+    half: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum OffsetKind {
+    /// The same zero point everywhere.
+    Middle,
+    ZeroPoints,
+    Minimums,
 }
 
 fn matrix(shape: &Shape) -> QuantizedMatrix {
-    let Shape { out_features, in_features, group_size, bits, permuted } = *shape;
+    let Shape { out_features, in_features, group_size, bits, permuted, offsets, half } = *shape;
     let groups = in_features.div_ceil(group_size);
     let levels = (1u32 << bits) as f32;
     let codes = random(out_features * in_features, 7);
-    let zero_points = random(out_features * groups, 8);
+    let rounded = |value: f32| if half { f16::from_f32(value).to_f32() } else { value };
+    let zero_point = |value: &f32| ((value + 1.0) / 2.0 * levels) as u8;
+    let of_groups = random(out_features * groups, 8);
     QuantizedMatrix::new(QuantizedParts {
         out_features,
         in_features,
         bits,
         group_size,
         codes: codes.iter().map(|value| ((value + 1.0) / 2.0 * levels) as u8).collect(),
-        scales: random(out_features * groups, 9),
-        zero_points: zero_points.iter().map(|value| ((value + 1.0) / 2.0 * levels) as u8).collect(),
+        scales: random(out_features * groups, 9).into_iter().map(rounded).collect(),
+        offsets: match offsets {
+            OffsetKind::Middle => GroupOffsets::ZeroPoints(vec![1 << (bits - 1); out_features * groups]),
+            OffsetKind::ZeroPoints => GroupOffsets::ZeroPoints(of_groups.iter().map(zero_point).collect()),
+            OffsetKind::Minimums => {
+                GroupOffsets::Minimums(of_groups.iter().map(|value| rounded(value * levels / 2.0)).collect())
+            }
+        },
         input_permutation: permuted.then(|| (0..in_features as u32).rev().collect()),
     })
     .unwrap()
@@ -45,8 +67,22 @@ fn multiply(cpu: &Cpu, input: &[f32], matrix: &QuantizedMatrix, rows: usize) -> 
 }
 
 const fn shape(out_features: usize, in_features: usize, group_size: usize) -> Shape {
-    Shape { out_features, in_features, group_size, bits: 4, permuted: false }
+    let (offsets, half) = (OffsetKind::ZeroPoints, false);
+    Shape { out_features, in_features, group_size, bits: 4, permuted: false, offsets, half }
 }
+
+/// The forms that GGUF files hold, by the types that have them; ragged in outputs and in panels.
+const GGUF_FORMS: [Shape; 9] = [
+    Shape { offsets: OffsetKind::Middle, half: true, ..shape(40, 192, 32) }, // Q4_0
+    Shape { offsets: OffsetKind::Minimums, half: true, ..shape(100, 160, 32) }, // Q4_1
+    Shape { bits: 5, offsets: OffsetKind::Middle, half: true, ..shape(33, 224, 32) }, // Q5_0
+    Shape { bits: 5, offsets: OffsetKind::Minimums, half: true, ..shape(70, 192, 32) }, // Q5_1
+    Shape { bits: 8, offsets: OffsetKind::Middle, half: true, ..shape(50, 160, 32) }, // Q8_0
+    Shape { bits: 2, offsets: OffsetKind::Minimums, ..shape(40, 256, 16) },  // Q2_K
+    Shape { bits: 3, offsets: OffsetKind::Middle, ..shape(40, 256, 16) },    // Q3_K
+    Shape { offsets: OffsetKind::Minimums, ..shape(40, 256, 32) },           // Q4_K, Q5_K with 5 bits
+    Shape { bits: 6, offsets: OffsetKind::Middle, ..shape(40, 512, 16) },    // Q6_K
+];
 
 /// What the CPU device rounds activations to: eight bits for each row and chunk of at most 128 inputs.
 fn rounded(input: &[f32], shape: &Shape) -> Vec<f32> {
@@ -70,7 +106,7 @@ fn rounded(input: &[f32], shape: &Shape) -> Vec<f32> {
 
 #[test]
 fn every_shape_and_instruction_set_agrees_with_the_reference() {
-    let shapes = [
+    let mut shapes = vec![
         shape(1, 8, 8),
         shape(33, 64, 32),
         shape(64, 576, 64),
@@ -83,7 +119,14 @@ fn every_shape_and_instruction_set_agrees_with_the_reference() {
         Shape { bits: 8, ..shape(40, 90, 30) },
         Shape { bits: 3, ..shape(32, 96, 32) },
         Shape { permuted: true, ..shape(50, 128, 32) },
+        Shape { bits: 5, ..shape(40, 90, 30) },
+        Shape { bits: 5, ..shape(40, 120, 40) },
+        Shape { bits: 5, offsets: OffsetKind::Minimums, ..shape(40, 256, 32) },
+        Shape { bits: 7, ..shape(40, 200, 128) },
+        Shape { offsets: OffsetKind::Minimums, ..shape(40, 90, 30) },
+        Shape { offsets: OffsetKind::Minimums, permuted: true, ..shape(50, 128, 32) },
     ];
+    shapes.extend(GGUF_FORMS);
     for (set, activations) in every_cpu() {
         let cpu = Cpu::with_instruction_set(2, set).with_activations(activations);
         for shape in &shapes {
@@ -99,7 +142,10 @@ fn every_shape_and_instruction_set_agrees_with_the_reference() {
                     matrix.dequantize().iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
                 let tolerance = 2e-6 * magnitude * (shape.in_features as f32).sqrt();
                 for (found, expected) in found.iter().zip(&expected) {
-                    assert!((found - expected).abs() <= tolerance, "{set:?} {rows} rows {found} {expected}");
+                    assert!(
+                        (found - expected).abs() <= tolerance,
+                        "{set:?} {activations:?} {shape:?}, {rows} rows: {found} {expected}"
+                    );
                 }
             }
         }
@@ -111,14 +157,18 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
     for (set, activations) in every_cpu() {
         for threads in [1, 2] {
             let cpu = Cpu::with_instruction_set(threads, set).with_activations(activations);
-            for permuted in [false, true] {
-                let shape = Shape { permuted, ..shape(100, 320, 64) };
+            let of_gptq = [false, true].map(|permuted| Shape { permuted, ..shape(100, 320, 64) });
+            for shape in of_gptq.into_iter().chain(GGUF_FORMS) {
                 let matrix = matrix(&shape);
                 let input = random(300 * shape.in_features, 2);
                 let whole = multiply(&cpu, &input, &matrix, 300);
                 for batch in [1, 2, 3, 5, 12, 64, 257] {
                     let part = multiply(&cpu, &input, &matrix, batch);
-                    assert_eq!(part, whole[..batch * shape.out_features], "{set:?} batch {batch}");
+                    assert_eq!(
+                        part,
+                        whole[..batch * shape.out_features],
+                        "{set:?} {activations:?} {shape:?}, batch {batch}"
+                    );
                 }
             }
         }
@@ -127,8 +177,10 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
 
 #[test]
 fn what_is_not_finite_stays_so_when_activations_are_rounded() {
-    let shape = shape(40, 128, 64);
-    for (set, activations) in every_cpu() {
+    let minimums = Shape { offsets: OffsetKind::Minimums, ..shape(40, 128, 64) };
+    for ((set, activations), shape) in
+        every_cpu().flat_map(|cpu| [shape(40, 128, 64), minimums].map(|shape| (cpu, shape)))
+    {
         let cpu = Cpu::with_instruction_set(1, set).with_activations(activations);
         for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut input = random(3 * shape.in_features, 2);
@@ -141,9 +193,23 @@ fn what_is_not_finite_stays_so_when_activations_are_rounded() {
     }
 }
 
+/// A quantized matrix takes about the memory of the file it comes from.
+#[test]
+fn a_packed_matrix_is_as_small_as_its_form_allows() {
+    let cpu = Cpu::new(1);
+    let bits = |shape: Shape| {
+        let shape = Shape { out_features: 64, in_features: 512, ..shape };
+        let bytes = cpu.pack_quantized("w", &matrix(&shape)).unwrap().bytes();
+        bytes as f64 * 8.0 / (64.0 * 512.0)
+    };
+    assert_eq!(GGUF_FORMS[..5].iter().copied().map(bits).collect::<Vec<_>>(), [4.5, 5.0, 5.5, 6.0, 8.5]);
+    assert_eq!(bits(shape(64, 512, 128)), 4.3125); // scales in F32, zero points of a byte
+}
+
 #[test]
 fn a_row_of_zeros_is_the_bias_when_activations_are_rounded() {
-    let shape = shape(33, 64, 32);
     let cpu = Cpu::new(1).with_activations(Activations::Integer);
-    assert!(multiply(&cpu, &[0.0; 64], &matrix(&shape), 1).iter().all(|&value| value == 0.0));
+    for shape in [shape(33, 64, 32), Shape { offsets: OffsetKind::Minimums, ..shape(33, 64, 32) }] {
+        assert!(multiply(&cpu, &[0.0; 64], &matrix(&shape), 1).iter().all(|&value| value == 0.0));
+    }
 }

@@ -76,11 +76,10 @@ pub(super) fn read(layer: LayerReader<'_>) -> Result<QuantizedMatrix, Checkpoint
 pub(super) fn write(mut layer: LayerWriter<'_>) -> Result<(), CheckpointError> {
     let matrix = layer.matrix;
     let (out, inputs, groups) = (matrix.out_features(), matrix.in_features(), matrix.groups());
-    layer.check_zero_points(0)?;
+    let zero_points = transposed(layer.zero_points(0)?, out, groups);
     let words = pack(&transposed(matrix.codes(), out, inputs));
     layer.words("qweight", &[inputs, out / PER_WORD], words)?;
-    let zero_words = pack(&transposed(matrix.zero_points(), out, groups));
-    layer.words("qzeros", &[groups, out / PER_WORD], zero_words)?;
+    layer.words("qzeros", &[groups, out / PER_WORD], pack(&zero_points))?;
     layer.scales("scales", true)
 }
 

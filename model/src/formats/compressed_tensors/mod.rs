@@ -104,7 +104,7 @@ pub(super) fn write(mut layer: LayerWriter<'_>, symmetric: bool) -> Result<(), C
     let matrix = layer.matrix;
     let (out, inputs, groups, bits) =
         (matrix.out_features(), matrix.in_features(), matrix.groups(), matrix.bits());
-    layer.check_zero_points(0)?;
+    let zero_points = transposed(layer.zero_points(0)?, out, groups);
     let words =
         matrix.codes().chunks_exact(inputs).flat_map(|row| bit_stream::pack(row.iter().copied(), bits));
     layer.words("weight_packed", &[out, bit_stream::words(inputs, bits)], words)?;
@@ -115,8 +115,7 @@ pub(super) fn write(mut layer: LayerWriter<'_>, symmetric: bool) -> Result<(), C
         return Ok(());
     }
     let rows = bit_stream::words(out, bits);
-    let by_group = transposed(matrix.zero_points(), out, groups);
-    let words: Vec<u32> = by_group
+    let words: Vec<u32> = zero_points
         .chunks_exact(out)
         .flat_map(|zero_points| bit_stream::pack(zero_points.iter().copied(), bits))
         .collect();

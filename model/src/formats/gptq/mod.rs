@@ -127,20 +127,19 @@ pub(super) fn write(mut layer: LayerWriter<'_>, version: GptqVersion) -> Result<
     let matrix = layer.matrix;
     let (out, inputs, groups, bits) =
         (matrix.out_features(), matrix.in_features(), matrix.groups(), matrix.bits());
-    layer.check_zero_points(match version {
+    // What version 1 takes off: it cannot store a zero point of 0.
+    let less = match version {
         GptqVersion::V1 => 1,
         GptqVersion::V2 => 0,
-    })?;
+    };
+    let zero_points = transposed(layer.zero_points(less)?, out, groups);
     let group_of_input = (0..inputs).map(|input| (input / matrix.group_size()) as u32);
     layer.words("g_idx", &[inputs], group_of_input)?;
     let rows = bit_stream::words(inputs, bits);
     let by_output = matrix.codes().chunks_exact(inputs);
     let words: Vec<u32> = by_output.flat_map(|codes| bit_stream::pack(codes.iter().copied(), bits)).collect();
     layer.words("qweight", &[rows, out], transposed(&words, out, rows))?;
-    let stored = transposed(matrix.zero_points(), out, groups).into_iter().map(|zero| match version {
-        GptqVersion::V1 => zero - 1,
-        GptqVersion::V2 => zero,
-    });
+    let stored = zero_points.into_iter().map(|zero| zero - less);
     // Outputs fill whole words, so the rows of the groups follow each other without gaps.
     layer.words("qzeros", &[groups, bit_stream::words(out, bits)], bit_stream::pack(stored, bits))?;
     layer.scales("scales", true)

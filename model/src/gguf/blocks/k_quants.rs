@@ -3,32 +3,35 @@
 //! Codes of less than 8 bits lie in planes: 32 consecutive bytes hold, in each of their bit fields from low to
 //! high, 32 consecutive elements. So the elements of a plane share their group scales.
 
-use super::{SUPER_BLOCK, half};
+use super::{Parts, SUPER_BLOCK, half};
 
 /// `scales 16 | codes 64 | d | dmin`: a scale byte is `scale | min << 4`; codes of 2 bits in planes of 128.
-pub(super) fn q2_k(block: &[u8; 84], output: &mut [f32; SUPER_BLOCK]) {
+pub(super) fn q2_k(block: &[u8; 84], parts: &mut Parts<SUPER_BLOCK, 16>) {
     let [scales_and_codes @ .., d0, d1, m0, m1] = block;
     let (d, d_min) = (half(*d0, *d1), half(*m0, *m1));
     let (scales, codes) = scales_and_codes.split_at(16);
-    for (i, value) in output.iter_mut().enumerate() {
-        let (scale, min) = (scales[i / 16] & 15, scales[i / 16] >> 4);
-        let code = codes[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-        *value = d * f32::from(scale) * f32::from(code) - d_min * f32::from(min);
+    for (group, &packed) in scales.iter().enumerate() {
+        parts.scales[group] = d * f32::from(packed & 15);
+        parts.minimums[group] = -(d_min * f32::from(packed >> 4));
+    }
+    for (i, code) in parts.codes.iter_mut().enumerate() {
+        *code = codes[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
     }
 }
 
 /// `inverted third bits 32 | low codes 64 | scales 12 | d`: codes of 2 bits in planes of 128, third bits in
 /// planes of 256, where a bit that is not set subtracts 4.
-pub(super) fn q3_k(block: &[u8; 110], output: &mut [f32; SUPER_BLOCK]) {
+pub(super) fn q3_k(block: &[u8; 110], parts: &mut Parts<SUPER_BLOCK, 16>) {
     let [codes_and_scales @ .., d0, d1] = block;
     let d = half(*d0, *d1);
     let (high, rest) = codes_and_scales.split_at(32);
     let (codes, scales) = rest.split_at(64);
-    for (i, value) in output.iter_mut().enumerate() {
+    for (group, scale) in parts.scales.iter_mut().enumerate() {
+        *scale = d * f32::from(six_bit_scale(scales, group) as i8 - 32);
+    }
+    for (i, code) in parts.codes.iter_mut().enumerate() {
         let low = codes[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-        let subtracted = if high[i % 32] >> (i / 32) & 1 == 0 { 4 } else { 0 };
-        let scale = six_bit_scale(scales, i / 16) as i8 - 32;
-        *value = d * f32::from(scale) * f32::from(low as i8 - subtracted);
+        *code = low | (high[i % 32] >> (i / 32) & 1) << 2;
     }
 }
 
@@ -41,34 +44,37 @@ fn six_bit_scale(scales: &[u8], group: usize) -> u8 {
 }
 
 /// `d | dmin | scales and mins 12 | codes 128`: codes of 4 bits in planes of 64.
-pub(super) fn q4_k(block: &[u8; 144], output: &mut [f32; SUPER_BLOCK]) {
+pub(super) fn q4_k(block: &[u8; 144], parts: &mut Parts<SUPER_BLOCK, 8>) {
     let [d0, d1, m0, m1, rest @ ..] = block;
-    let (d, d_min) = (half(*d0, *d1), half(*m0, *m1));
     let (packed, codes) = rest.split_at(12);
-    for (group, output) in output.chunks_exact_mut(32).enumerate() {
-        let (scale, min) = scale_and_min(packed, group);
-        let (scale, min) = (d * f32::from(scale), d_min * f32::from(min));
-        for (value, &byte) in output.iter_mut().zip(&codes[group / 2 * 32..]) {
-            *value = scale * f32::from(byte >> (group % 2 * 4) & 15) - min;
+    scales_and_minimums([half(*d0, *d1), half(*m0, *m1)], packed, parts);
+    for (group, output) in parts.codes.chunks_exact_mut(32).enumerate() {
+        for (code, &byte) in output.iter_mut().zip(&codes[group / 2 * 32..]) {
+            *code = byte >> (group % 2 * 4) & 15;
         }
     }
 }
 
 /// `d | dmin | scales and mins 12 | fifth bits 32 | low codes 128`: low codes of 4 bits in planes of 64, fifth
 /// bits in planes of 256.
-pub(super) fn q5_k(block: &[u8; 176], output: &mut [f32; SUPER_BLOCK]) {
+pub(super) fn q5_k(block: &[u8; 176], parts: &mut Parts<SUPER_BLOCK, 8>) {
     let [d0, d1, m0, m1, rest @ ..] = block;
-    let (d, d_min) = (half(*d0, *d1), half(*m0, *m1));
     let (packed, rest) = rest.split_at(12);
     let (high, codes) = rest.split_at(32);
-    for (group, output) in output.chunks_exact_mut(32).enumerate() {
-        let (scale, min) = scale_and_min(packed, group);
-        let (scale, min) = (d * f32::from(scale), d_min * f32::from(min));
+    scales_and_minimums([half(*d0, *d1), half(*m0, *m1)], packed, parts);
+    for (group, output) in parts.codes.chunks_exact_mut(32).enumerate() {
         let low = &codes[group / 2 * 32..];
-        for ((value, &low), &high) in output.iter_mut().zip(low).zip(high) {
-            let code = low >> (group % 2 * 4) & 15 | (high >> group & 1) << 4;
-            *value = scale * f32::from(code) - min;
+        for ((code, &low), &high) in output.iter_mut().zip(low).zip(high) {
+            *code = low >> (group % 2 * 4) & 15 | (high >> group & 1) << 4;
         }
+    }
+}
+
+fn scales_and_minimums([d, d_min]: [f32; 2], packed: &[u8], parts: &mut Parts<SUPER_BLOCK, 8>) {
+    for group in 0..8 {
+        let (scale, min) = scale_and_min(packed, group);
+        parts.scales[group] = d * f32::from(scale);
+        parts.minimums[group] = -(d_min * f32::from(min));
     }
 }
 
@@ -85,18 +91,17 @@ fn scale_and_min(packed: &[u8], group: usize) -> (u8, u8) {
 
 /// `low codes 128 | high codes 64 | scales 16, signed | d`: low codes of 4 bits in planes of 128 (64 bytes), high
 /// ones of 2 bits in planes of 128 (32 bytes).
-pub(super) fn q6_k(block: &[u8; 210], output: &mut [f32; SUPER_BLOCK]) {
+pub(super) fn q6_k(block: &[u8; 210], parts: &mut Parts<SUPER_BLOCK, 16>) {
     let [codes_and_scales @ .., d0, d1] = block;
     let d = half(*d0, *d1);
     let (low, rest) = codes_and_scales.split_at(128);
     let (high, scales) = rest.split_at(64);
-    for (group, output) in output.chunks_exact_mut(16).enumerate() {
-        let scale = d * f32::from(scales[group] as i8);
-        for (offset, value) in output.iter_mut().enumerate() {
-            let i = group * 16 + offset;
-            let low = low[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
-            let high = high[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-            *value = scale * f32::from((low | high << 4) as i8 - 32);
-        }
+    for (scale, &signed) in parts.scales.iter_mut().zip(scales) {
+        *scale = d * f32::from(signed as i8);
+    }
+    for (i, code) in parts.codes.iter_mut().enumerate() {
+        let low = low[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
+        let high = high[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+        *code = low | high << 4;
     }
 }

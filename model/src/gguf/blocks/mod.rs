@@ -14,8 +14,10 @@
 //! | Q5_K | 256 | 176 | the same with q of 5 bits |
 //! | Q6_K | 256 | 210 | `d * scale * (q - 32)`, by 16; q of 6 bits, scale signed, of 8 |
 //!
-//! `d`, `m` and `dmin` are F16. Products are rounded to `f32` one by one in the order written, without fused
-//! operations, so that the values have the bits that ggml's C code and its Python package `gguf` give.
+//! `d`, `m` and `dmin` are F16. Every type is taken apart into codes without sign, scales and zero point or minimums
+//! ([`BlockType::split`]); `d * scale` and `dmin * min` are exact in `f32`. Products are rounded to `f32` one by one in
+//! the order written, without fused operations, so that the values have the bits that ggml's C code and its Python
+//! package `gguf` give.
 //!
 //! Source: `ggml-common.h` (layouts) and `dequantize_row_*` of `ggml-quants.c`, <https://github.com/ggml-org/ggml>.
 
@@ -129,6 +131,41 @@ impl BlockType {
         }
     }
 
+    /// How the codes of a quantized type are made into elements; `None` for a floating-point type.
+    pub fn groups(self) -> Option<BlockGroups> {
+        let of = |bits, elements, zero_point| Some(BlockGroups { bits, elements, zero_point });
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => None,
+            Self::Q4_0 => of(4, 32, Some(8)),
+            Self::Q5_0 => of(5, 32, Some(16)),
+            Self::Q8_0 => of(8, 32, Some(128)),
+            Self::Q3_K => of(3, 16, Some(4)),
+            Self::Q6_K => of(6, 16, Some(32)),
+            Self::Q2_K => of(2, 16, None),
+            Self::Q4_1 | Self::Q4_K => of(4, 32, None),
+            Self::Q5_1 | Self::Q5_K => of(5, 32, None),
+        }
+    }
+
+    /// Takes whole blocks of a quantized type apart: calls `take` with the codes of each block, and with the scales and
+    /// the minimums of its groups (zeros where the type has a zero point, see [`BlockType::groups`]). Blocks of a
+    /// floating-point type have no parts: nothing is called for them.
+    pub fn split(self, blocks: &[u8], take: &mut impl FnMut(&[u8], &[f32], &[f32])) {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => {}
+            Self::Q4_0 => each_split(blocks, take, legacy::q4_0),
+            Self::Q4_1 => each_split(blocks, take, legacy::q4_1),
+            Self::Q5_0 => each_split(blocks, take, legacy::q5_0),
+            Self::Q5_1 => each_split(blocks, take, legacy::q5_1),
+            Self::Q8_0 => each_split(blocks, take, legacy::q8_0),
+            Self::Q2_K => each_split(blocks, take, k_quants::q2_k),
+            Self::Q3_K => each_split(blocks, take, k_quants::q3_k),
+            Self::Q4_K => each_split(blocks, take, k_quants::q4_k),
+            Self::Q5_K => each_split(blocks, take, k_quants::q5_k),
+            Self::Q6_K => each_split(blocks, take, k_quants::q6_k),
+        }
+    }
+
     /// Decodes whole blocks: `blocks` to `output`, which must have room for exactly their elements.
     ///
     /// # Panics
@@ -142,34 +179,64 @@ impl BlockType {
             self.name(),
             output.len()
         );
-        match self {
-            Self::F32 => each(blocks, output, |[a, b, c, d], [x]| *x = f32::from_le_bytes([*a, *b, *c, *d])),
-            Self::F16 => each(blocks, output, |[a, b], [x]| *x = half(*a, *b)),
-            Self::BF16 => each(blocks, output, |[a, b], [x]| *x = bf16::from_le_bytes([*a, *b]).to_f32()),
-            Self::Q4_0 => each(blocks, output, legacy::q4_0),
-            Self::Q4_1 => each(blocks, output, legacy::q4_1),
-            Self::Q5_0 => each(blocks, output, legacy::q5_0),
-            Self::Q5_1 => each(blocks, output, legacy::q5_1),
-            Self::Q8_0 => each(blocks, output, legacy::q8_0),
-            Self::Q2_K => each(blocks, output, k_quants::q2_k),
-            Self::Q3_K => each(blocks, output, k_quants::q3_k),
-            Self::Q4_K => each(blocks, output, k_quants::q4_k),
-            Self::Q5_K => each(blocks, output, k_quants::q5_k),
-            Self::Q6_K => each(blocks, output, k_quants::q6_k),
-        }
+        let Some(BlockGroups { elements, zero_point, .. }) = self.groups() else {
+            return match self {
+                Self::F16 => each(blocks, output, |[a, b]| half(*a, *b)),
+                Self::BF16 => each(blocks, output, |[a, b]| bf16::from_le_bytes([*a, *b]).to_f32()),
+                _ => each(blocks, output, |bytes| f32::from_le_bytes(*bytes)),
+            };
+        };
+        let mut output = output.chunks_exact_mut(elements);
+        self.split(blocks, &mut |codes, scales, minimums| {
+            let groups = codes.chunks_exact(elements).zip(scales.iter().zip(minimums));
+            for ((codes, (scale, minimum)), output) in groups.zip(&mut output) {
+                for (value, &code) in output.iter_mut().zip(codes) {
+                    *value = match zero_point {
+                        Some(zero) => (f32::from(code) - f32::from(zero)) * scale,
+                        None => f32::from(code) * scale + minimum,
+                    };
+                }
+            }
+        });
     }
 }
 
-/// Decodes block after block.
-fn each<const BYTES: usize, const ELEMENTS: usize>(
+/// How the codes of a type are made into elements: `(code - zero_point) * scale`, or `code * scale + minimum`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockGroups {
+    /// Bits of a code.
+    pub bits: u32,
+    /// Elements of a group, which share a scale.
+    pub elements: usize,
+    /// The zero point of every group; `None`: each has a minimum.
+    pub zero_point: Option<u8>,
+}
+
+/// A block of `ELEMENTS` elements in `GROUPS` groups, taken apart.
+struct Parts<const ELEMENTS: usize, const GROUPS: usize> {
+    codes: [u8; ELEMENTS],
+    scales: [f32; GROUPS],
+    /// Zeros for a type that has a zero point.
+    minimums: [f32; GROUPS],
+}
+
+/// Takes block after block apart.
+fn each_split<const BYTES: usize, const ELEMENTS: usize, const GROUPS: usize>(
     blocks: &[u8],
-    output: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS]),
+    take: &mut impl FnMut(&[u8], &[f32], &[f32]),
+    split: impl Fn(&[u8; BYTES], &mut Parts<ELEMENTS, GROUPS>),
 ) {
-    let (blocks, _) = blocks.as_chunks::<BYTES>();
-    let (output, _) = output.as_chunks_mut::<ELEMENTS>();
-    for (block, output) in blocks.iter().zip(output) {
-        decode(block, output);
+    let mut parts = Parts { codes: [0; ELEMENTS], scales: [0.0; GROUPS], minimums: [0.0; GROUPS] };
+    for block in blocks.as_chunks::<BYTES>().0 {
+        split(block, &mut parts);
+        take(&parts.codes, &parts.scales, &parts.minimums);
+    }
+}
+
+/// Decodes element after element.
+fn each<const BYTES: usize>(bytes: &[u8], output: &mut [f32], decode: impl Fn(&[u8; BYTES]) -> f32) {
+    for (bytes, value) in bytes.as_chunks::<BYTES>().0.iter().zip(output) {
+        *value = decode(bytes);
     }
 }
 

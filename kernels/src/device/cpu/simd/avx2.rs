@@ -83,7 +83,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
-        // SAFETY: see above. Pairs are summed in 16 bits: 2 * 15 * 128 fits.
+        // SAFETY: see above. Pairs are summed in 16 bits: 2 * 127 * 128 fits.
         unsafe {
             let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(activations));
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
@@ -103,12 +103,29 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
+    unsafe fn bits(words: Self::U32, shift: u32, mask: i32) -> Self::F32 {
         // SAFETY: see above.
         unsafe {
             let shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
-            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(255)))
+            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(mask)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn fifth_bits(words: Self::U32, step: u32) -> [Self::U32; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm256_set1_epi8(16);
+            let even = _mm256_sllv_epi32(words, _mm256_set1_epi32(4 - step as i32));
+            let odd = _mm256_srlv_epi32(words, _mm256_set1_epi32(step as i32));
+            [_mm256_and_si256(even, mask), _mm256_and_si256(odd, mask)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn or(a: Self::U32, b: Self::U32) -> Self::U32 {
+        // SAFETY: see above.
+        unsafe { _mm256_or_si256(a, b) }
     }
 
     #[inline(always)]

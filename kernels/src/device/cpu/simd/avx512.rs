@@ -88,7 +88,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
 
     #[inline(always)]
     unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
-        // SAFETY: see above. Without VNNI pairs are summed in 16 bits: 2 * 15 * 128 fits.
+        // SAFETY: see above. Without VNNI pairs are summed in 16 bits: 2 * 127 * 128 fits.
         unsafe {
             let activations = _mm512_set1_epi32(activations);
             if VNNI {
@@ -126,12 +126,29 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
+    unsafe fn bits(words: Self::U32, shift: u32, mask: i32) -> Self::F32 {
         // SAFETY: see above.
         unsafe {
             let shifted = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
-            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))
+            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(mask)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn fifth_bits(words: Self::U32, step: u32) -> [Self::U32; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm512_set1_epi8(16);
+            let even = _mm512_sllv_epi32(words, _mm512_set1_epi32(4 - step as i32));
+            let odd = _mm512_srlv_epi32(words, _mm512_set1_epi32(step as i32));
+            [_mm512_and_si512(even, mask), _mm512_and_si512(odd, mask)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn or(a: Self::U32, b: Self::U32) -> Self::U32 {
+        // SAFETY: see above.
+        unsafe { _mm512_or_si512(a, b) }
     }
 
     #[inline(always)]

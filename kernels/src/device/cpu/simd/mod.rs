@@ -88,7 +88,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn nibbles(words: Self::U32) -> [Self::U32; 2];
     unsafe fn zero() -> Self::I32;
     /// `sum + codes[0] * activations[0] + ... + codes[3] * activations[3]` in each element, of the bytes of `codes`,
-    /// without sign and below 16, and of `activations`, with sign.
+    /// without sign and below 128, and of `activations`, with sign.
     unsafe fn dot(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32;
     /// The same for any bytes.
     #[inline(always)]
@@ -103,8 +103,11 @@ pub(crate) trait Simd: Copy {
     /// `sum + 16 * value`.
     unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32;
     unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32;
-    /// `(words >> shift) & 255` as `f32`.
-    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32;
+    /// `(words >> shift) & mask` as `f32`.
+    unsafe fn bits(words: Self::U32, shift: u32, mask: i32) -> Self::F32;
+    /// Bits `step` and `4 + step` of each byte, below 4, moved to bit 4.
+    unsafe fn fifth_bits(words: Self::U32, step: u32) -> [Self::U32; 2];
+    unsafe fn or(a: Self::U32, b: Self::U32) -> Self::U32;
     unsafe fn to_f32(value: Self::I32) -> Self::F32;
     /// Writes the nearest integers.
     unsafe fn store_rounded(to: *mut i32, value: Self::F32);

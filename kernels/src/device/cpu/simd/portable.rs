@@ -83,8 +83,16 @@ impl Simd for Portable {
         std::array::from_fn(|lane| a[lane] + b[lane])
     }
     #[inline(always)]
-    unsafe fn byte(words: Self::U32, shift: u32) -> Self::F32 {
-        each(|lane| (words[lane] >> shift & 255) as f32)
+    unsafe fn bits(words: Self::U32, shift: u32, mask: i32) -> Self::F32 {
+        each(|lane| (words[lane] >> shift & mask as u32) as f32)
+    }
+    #[inline(always)]
+    unsafe fn fifth_bits(words: Self::U32, step: u32) -> [Self::U32; 2] {
+        [words.map(|word| word << (4 - step) & 0x1010_1010), words.map(|word| word >> step & 0x1010_1010)]
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::U32, b: Self::U32) -> Self::U32 {
+        std::array::from_fn(|lane| a[lane] | b[lane])
     }
     #[inline(always)]
     unsafe fn to_f32(value: Self::I32) -> Self::F32 {

@@ -1,4 +1,5 @@
-//! The tokenizer, from the vocabulary in a GGUF file to tokenizer.json and tokenizer_config.json.
+//! The tokenizer, from the vocabulary in a GGUF file to tokenizer.json and tokenizer_config.json, which need not be
+//! written anywhere.
 //!
 //! `tokenizer.ggml.model` says which kind: `gpt2` is byte-level BPE ([`byte_level`]), `llama` is SentencePiece BPE
 //! with bytes to fall back to ([`sentencepiece`]). Token types become added tokens: control and unknown ones
@@ -35,20 +36,28 @@ const END_OF_GENERATION: [&str; 9] = [
     "<|eom_id|>",
 ];
 
-/// What to write, and the token ids for config.json.
-pub(super) struct ImportedTokenizer {
+/// The tokenizer.
+pub(crate) struct GgufTokenizer {
     /// tokenizer.json.
-    pub(super) tokenizer: Value,
-    /// tokenizer_config.json.
-    pub(super) config: Value,
-    /// chat_template.jinja.
-    pub(super) chat_template: Option<String>,
+    pub(crate) json: Value,
+    /// What it describes.
+    pub(crate) inner: tokenizers::Tokenizer,
+}
+
+/// The token ids that a config names.
+pub(super) struct TokenIds {
     /// Beginning of sequence.
     pub(super) bos: Option<u32>,
     /// Ends of a generation; that of the metadata first.
     pub(super) eos: Vec<u32>,
     /// Padding.
     pub(super) pad: Option<u32>,
+}
+
+/// The kinds of tokenizers.
+enum Kind {
+    ByteLevel(byte_level::PreTokenizer),
+    SentencePiece,
 }
 
 /// ggml's token types.
@@ -80,44 +89,56 @@ struct SpecialTokens {
     add_eos: bool,
 }
 
+/// The chat template of the model, if it has one.
+pub(super) fn chat_template(gguf: &GgufFile) -> Result<Option<&str>, CheckpointError> {
+    gguf.string("tokenizer.chat_template")
+}
+
+/// Reads the token ids of the model `config`, which has none yet.
+pub(super) fn token_ids(gguf: &GgufFile, config: &ModelConfig) -> Result<TokenIds, CheckpointError> {
+    let (_, vocabulary) = vocabulary(gguf, config)?;
+    let SpecialTokens { bos, pad, .. } = vocabulary.special;
+    Ok(TokenIds { bos, eos: vocabulary.ends_of_generation()?, pad })
+}
+
 /// Reads the tokenizer of the model `config`.
-pub(super) fn read(gguf: &GgufFile, config: &ModelConfig) -> Result<ImportedTokenizer, CheckpointError> {
-    let model = gguf.string(MODEL)?.ok_or_else(|| gguf.mismatch(MODEL, "missing", "a kind of tokenizer"))?;
-    let vocabulary = |defaults| Vocabulary::read(gguf, config, defaults);
-    let (vocabulary, pipeline) = match model {
-        "gpt2" => {
-            let pre_tokenizer = byte_level::PreTokenizer::read(gguf)?;
-            let vocabulary = vocabulary(pre_tokenizer.add_bos())?;
-            let pipeline = byte_level::pipeline(&vocabulary, pre_tokenizer)?;
-            (vocabulary, pipeline)
-        }
-        "llama" => {
-            let vocabulary = vocabulary(true)?;
-            let pipeline = sentencepiece::pipeline(&vocabulary)?;
-            (vocabulary, pipeline)
-        }
-        other => {
-            return Err(gguf.unsupported(MODEL, format!("\"{other}\""), "gpt2, llama"));
-        }
+pub(super) fn read(gguf: &GgufFile, config: &ModelConfig) -> Result<GgufTokenizer, CheckpointError> {
+    let (kind, vocabulary) = vocabulary(gguf, config)?;
+    let pipeline = match kind {
+        Kind::ByteLevel(pre_tokenizer) => byte_level::pipeline(&vocabulary, pre_tokenizer)?,
+        Kind::SentencePiece => sentencepiece::pipeline(&vocabulary)?,
     };
-    let tokenizer = vocabulary.tokenizer_json(pipeline);
+    let json = vocabulary.tokenizer_json(pipeline);
     // What tokenizer.json promises, its reader must accept.
-    tokenizers::Tokenizer::from_bytes(tokenizer.to_string()).map_err(|error| {
+    let inner = tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|error| {
         CheckpointError::malformed(
             gguf.path(),
             format!("the vocabulary does not make a tokenizer: {error}"),
             "fetch the file again or convert the model again",
         )
     })?;
-    let chat_template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
-    Ok(ImportedTokenizer {
-        config: vocabulary.config_json(config, chat_template.as_deref()),
-        tokenizer,
-        chat_template,
-        bos: vocabulary.special.bos,
-        eos: vocabulary.ends_of_generation()?,
-        pad: vocabulary.special.pad,
-    })
+    Ok(GgufTokenizer { json, inner })
+}
+
+/// tokenizer_config.json of the model `config`.
+pub(super) fn config_json(gguf: &GgufFile, config: &ModelConfig) -> Result<Value, CheckpointError> {
+    Ok(vocabulary(gguf, config)?.1.config_json(config, chat_template(gguf)?))
+}
+
+fn vocabulary<'a>(
+    gguf: &'a GgufFile,
+    config: &ModelConfig,
+) -> Result<(Kind, Vocabulary<'a>), CheckpointError> {
+    let model = gguf.string(MODEL)?.ok_or_else(|| gguf.mismatch(MODEL, "missing", "a kind of tokenizer"))?;
+    let (kind, add_bos) = match model {
+        "gpt2" => {
+            let pre_tokenizer = byte_level::PreTokenizer::read(gguf)?;
+            (Kind::ByteLevel(pre_tokenizer), pre_tokenizer.add_bos())
+        }
+        "llama" => (Kind::SentencePiece, true),
+        other => return Err(gguf.unsupported(MODEL, format!("\"{other}\""), "gpt2, llama")),
+    };
+    Ok((kind, Vocabulary::read(gguf, config, add_bos)?))
 }
 
 /// The parts of tokenizer.json that depend on the kind of tokenizer.

@@ -1,4 +1,4 @@
-//! Which tensor of the GGUF file becomes which tensor of the checkpoint, and its shape.
+//! Which tensor of the GGUF file is which tensor of a Hugging Face checkpoint, and its shape.
 
 use std::collections::BTreeSet;
 
@@ -9,22 +9,22 @@ use crate::gguf::GgufFile;
 /// Not a weight: it holds the scaling of the rotary embedding, which config.json says.
 const ROPE_TENSOR: &str = "rope_freqs.weight";
 
-/// One tensor to write.
+/// One tensor.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct TensorPlan {
+pub(crate) struct TensorPlan {
     /// Its name in the GGUF file.
-    pub(super) source: String,
+    pub(crate) source: String,
     /// Its name in the checkpoint.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Its shape in both.
-    pub(super) shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     /// In which order the file has its rows.
-    pub(super) rows: RowOrder,
+    pub(crate) rows: RowOrder,
 }
 
 /// The order of the rows in the GGUF file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowOrder {
+pub(crate) enum RowOrder {
     /// As in the checkpoint.
     Same,
     /// The two halves of each head interleaved: llama.cpp rotates neighbours, Hugging Face halves.
@@ -36,7 +36,7 @@ pub(super) enum RowOrder {
 
 impl RowOrder {
     /// The row of the file that is row `row` of the checkpoint.
-    pub(super) fn source_row(self, row: usize) -> usize {
+    pub(crate) fn source_row(self, row: usize) -> usize {
         match self {
             Self::Same => row,
             Self::InterleavedHalves { head_dim } => {
@@ -72,7 +72,7 @@ pub(super) fn plan(gguf: &GgufFile, config: &ModelConfig) -> Result<Vec<TensorPl
                 "one that a {:?} model of {} layers does not have",
                 config.architecture, config.layers
             ),
-            supported: "the tensors of the architecture, all of which are imported".to_owned(),
+            supported: "the tensors of the architecture, all of which are read".to_owned(),
         }),
     }
 }
