@@ -41,6 +41,7 @@ u32 nibble_shuffle_xor(u32 value, u32 mask);
 u32 nibble_shuffle(u32 value, u32 lane);
 void nibble_device_fence();
 u32 nibble_atomic_add(u32* word, u32 value);
+void nibble_wait_for_previous_kernel();
 void nibble_wait_for_lower_blocks(const u32* word, u32 value);
 void nibble_async_copy(void* shared, const void* global, u32 bytes, bool valid);
 void nibble_async_commit();
@@ -73,6 +74,8 @@ NIBBLE_DEVICE u32 shared_address(const void* shared) {
 
 NIBBLE_DEVICE void block_barrier() { nibble_block_barrier(); }
 NIBBLE_DEVICE void warp_barrier() { nibble_warp_barrier(); }
+NIBBLE_DEVICE void let_next_kernel_start() {}
+NIBBLE_DEVICE void wait_for_previous_kernel() { nibble_wait_for_previous_kernel(); }
 NIBBLE_DEVICE void device_fence() { nibble_device_fence(); }
 NIBBLE_DEVICE void wait_for_lower_blocks(const u32* word, u32 value) { nibble_wait_for_lower_blocks(word, value); }
 NIBBLE_DEVICE u32 atomic_add(u32* word, u32 value) { return nibble_atomic_add(word, value); }
@@ -142,7 +145,9 @@ NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) {
     return result;
 }
 
+NIBBLE_DEVICE u64 multiply_high(u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); }
 NIBBLE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
+NIBBLE_DEVICE float log2_fast(float x) { return __builtin_log2f(x); }
 NIBBLE_DEVICE float rsqrt_fast(float x) { return 1.0f / __builtin_sqrtf(x); }
 NIBBLE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 

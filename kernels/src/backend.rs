@@ -80,6 +80,9 @@ pub trait Device {
 
     /// What quantized matrices multiply here.
     fn activations(&self) -> Activations;
+
+    /// The device's own sampling, if it has any: without, logits are read and sampled by the caller.
+    fn sampler(&self) -> Option<&dyn ops::sample::Sample<Self::Buffer>>;
 }
 
 /// What quantized matrices multiply.

@@ -16,6 +16,8 @@ struct NibbleArgument {
 struct NibbleRange {
     uint64_t start;
     uint64_t end;
+    // Whether the launch names it as weights, which may be read before the kernel before has ended.
+    uint64_t is_weights;
 };
 
 struct NibbleLaunch {

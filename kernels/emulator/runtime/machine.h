@@ -49,6 +49,7 @@ struct Thread {
     std::vector<u32> group_ends;
     u32 copies_done = 0;
     u32 groups_done = 0;
+    bool waited_for_previous_kernel = false;
     // The stamp of its latest shared_proxy_fence.
     u32 proxy_fence = 0;
 };

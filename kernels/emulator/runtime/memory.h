@@ -96,6 +96,9 @@ static void check_global(const void* pointer, u32 size, Global kind, const char*
         if (!is_store(kind) && start >= number(__ehdr_start) && start + size <= number(_end)) return;
         fail_outside(pointer, size, what);
     }
+    if (!m.current->waited_for_previous_kernel && (is_store(kind) || !m.last_range.is_weights)) {
+        fail("%s %u bytes at address %llx before wait_for_previous_kernel", what, size, static_cast<unsigned long long>(start));
+    }
     // Words that are counted in are the machine's to order.
     if (kind == Global::ATOMIC) return;
     u64 offset = start - m.last_range.start;
@@ -233,6 +236,11 @@ uint32_t nibble_atomic_add(uint32_t* word, uint32_t value) {
     uint32_t before = *word;
     *word = before + value;
     return before;
+}
+
+void nibble_wait_for_previous_kernel() {
+    emulator::count_step();
+    emulator::machine()->current->waited_for_previous_kernel = true;
 }
 
 void nibble_wait_for_lower_blocks(const uint32_t* word, uint32_t value) {

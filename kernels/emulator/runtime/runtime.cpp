@@ -15,7 +15,7 @@ constexpr u32 MAX_SHARED_BYTES = 227 << 10;
 // Around the block's shared memory, so that a wrong offset lands in memory of our own.
 constexpr u32 SHARED_MARGIN = 64 << 10;
 constexpr u32 SHARED_ALIGNMENT = 1024;
-constexpr u32 MAX_ARGUMENTS = 24;
+constexpr u32 MAX_ARGUMENTS = 32;
 
 // Calls the kernel with any mix of arguments: this calling convention numbers integers and floats separately and puts
 // what does not fit in registers on the stack in order, so one signature with all registers used serves all kernels.
@@ -37,12 +37,14 @@ static void call_kernel(const NibbleLaunch& launch) {
         }
     }
     using Kernel = void (*)(u64, u64, u64, u64, u64, u64, float, float, float, float, float, float, float, float, u64, u64,
-                            u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64);
-    static_assert(INTEGERS + 18 == MAX_ARGUMENTS);
+                            u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64,
+                            u64, u64, u64, u64, u64);
+    static_assert(INTEGERS + 26 == MAX_ARGUMENTS);
     reinterpret_cast<Kernel>(launch.kernel)(
         integers[0], integers[1], integers[2], integers[3], integers[4], integers[5], floats[0], floats[1], floats[2],
         floats[3], floats[4], floats[5], floats[6], floats[7], rest[0], rest[1], rest[2], rest[3], rest[4], rest[5], rest[6],
-        rest[7], rest[8], rest[9], rest[10], rest[11], rest[12], rest[13], rest[14], rest[15], rest[16], rest[17]);
+        rest[7], rest[8], rest[9], rest[10], rest[11], rest[12], rest[13], rest[14], rest[15], rest[16], rest[17],
+        rest[18], rest[19], rest[20], rest[21], rest[22], rest[23], rest[24], rest[25]);
 }
 
 // Where each fiber begins.
@@ -72,6 +74,7 @@ static void run_block(Machine& m, u32 block) {
         thread.index = index;
         thread.stack = m.stacks.low(index);
         thread.context = Stacks::start(thread.stack, run_thread);
+        thread.waited_for_previous_kernel = false;
         thread.copies.clear();
         thread.group_ends.clear();
         thread.copies_done = thread.groups_done = thread.proxy_fence = 0;
@@ -96,7 +99,7 @@ static const char* refusal(const NibbleLaunch& launch) {
     if (blocks == 0 || blocks > (1u << 30)) return "a grid has at least one block, and here at most 2^30";
     if (launch.grid[1] > 65535 || launch.grid[2] > 65535) return "a grid has at most 65535 blocks in y and z";
     if (launch.shared_bytes > MAX_SHARED_BYTES) return "a block has at most 227 KB of shared memory";
-    if (launch.argument_count > MAX_ARGUMENTS) return "a kernel has at most 24 arguments";
+    if (launch.argument_count > MAX_ARGUMENTS) return "a kernel has at most 32 arguments";
     return nullptr;
 }
 

@@ -8,6 +8,7 @@
 //!   of an asynchronous copy before it was waited for;
 //! - a thread accesses bytes of global memory that another thread wrote, with no barrier in between within a block, no
 //!   fence and atomic between blocks, or that were read as memory that nobody writes;
+//! - a thread accesses memory that other kernels may write before it has waited for the kernel before;
 //! - the lanes of a warp are at different collectives, a barrier waits for threads that have ended, or a block does not
 //!   end.
 //!
@@ -23,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nibble_kernels::KernelError;
-use nibble_kernels::device::cuda::driver::{Address, Driver, Launch, Properties, Source};
+use nibble_kernels::device::cuda::driver::{Address, Argument, Driver, Launch, Properties, Source};
 
 use library::Library;
 pub use library::Report;
@@ -154,8 +155,15 @@ impl Driver for Emulator {
         let seed = self.seed.wrapping_mul(1009).wrapping_add(self.launches.fetch_add(1, Ordering::Relaxed));
         // Held while the kernel runs: nothing is freed under it, and launches are one after another.
         let memory = self.memory();
+        let mut ranges = memory.ranges();
+        for argument in &launch.arguments {
+            if let Argument::Weights(address) = argument {
+                let named = ranges.iter_mut().filter(|range| (range.start..range.end).contains(address));
+                named.for_each(|range| range.is_weights = 1);
+            }
+        }
         let (report, outcome) =
-            library.launch(launch, &memory.ranges(), seed).map_err(|reason| error(action.clone(), reason))?;
+            library.launch(launch, &ranges, seed).map_err(|reason| error(action.clone(), reason))?;
         *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
         outcome.map_err(|reason| error(action, reason))
     }

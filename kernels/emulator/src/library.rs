@@ -14,6 +14,8 @@ use crate::compiler;
 pub(crate) struct Range {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    /// Whether the launch names it as weights.
+    pub(crate) is_weights: u64,
 }
 
 /// What a launch did, over all blocks.
@@ -144,7 +146,7 @@ impl Library {
 impl From<&Argument> for RawArgument {
     fn from(argument: &Argument) -> Self {
         let (is_float, bits) = match *argument {
-            Argument::Address(address) => (0, address),
+            Argument::Address(address) | Argument::Weights(address) => (0, address),
             Argument::U32(value) => (0, u64::from(value)),
             Argument::F32(value) => (1, u64::from(value.to_bits())),
         };

@@ -84,6 +84,7 @@ impl Memory {
         let range = |(&start, allocation): (&Address, &Allocation)| Range {
             start,
             end: start + allocation.bytes as Address,
+            is_weights: 0,
         };
         self.allocations.iter().map(range).collect()
     }

@@ -45,6 +45,21 @@ NIBBLE_DEVICE void warp_barrier() { __syncwarp(); }
 // Orders this thread's writes to global memory before its later ones, for all of the device.
 NIBBLE_DEVICE void device_fence() { __threadfence(); }
 
+// Lets the next kernel of the stream start where there is room for its blocks, although this one has not ended; and
+// waits until the kernel before this one has, and all that it wrote is there. Every kernel does both, since every launch
+// lets it start early where the card can (sm_90 on). Before the wait it may touch weights only: memory that the launch
+// names as such, and that no kernel writes.
+NIBBLE_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+NIBBLE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // Adds to a word of global memory and gives what it was before.
 NIBBLE_DEVICE u32 atomic_add(u32* word, u32 value) { return atomicAdd(word, value); }
 
@@ -139,10 +154,18 @@ NIBBLE_DEVICE u32 logic(u32 a, u32 b, u32 c) {
 // byte i of the result.
 NIBBLE_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
 
-// 2^x, 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
+// The upper half of a product.
+NIBBLE_DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
+
+// 2^x, log2(x), 1 / sqrt(x) and 1 / x to about 22 bits; 2^x below 2^-126 is zero.
 NIBBLE_DEVICE float exp2_fast(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+    return result;
+}
+NIBBLE_DEVICE float log2_fast(float x) {
+    float result;
+    asm("lg2.approx.f32 %0, %1;\n" : "=f"(result) : "f"(x));
     return result;
 }
 NIBBLE_DEVICE float rsqrt_fast(float x) {
@@ -162,7 +185,7 @@ NIBBLE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 // a * b + c with one rounding: where two kernels must give the same bits, the compiler must not choose.
 NIBBLE_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// Sixteen bytes at once. `load_16_read_only` is for memory that no thread of the launch writes.
+// Sixteen bytes at once. `load_16_read_only` is for weights and tables: the compiler may move it before a wait.
 struct alignas(16) Words4 {
     u32 x, y, z, w;
 };
@@ -271,6 +294,12 @@ struct BF16 {
 };
 
 #endif
+
+// How a kernel begins that reads nothing before its wait.
+NIBBLE_DEVICE void start_after_previous_kernel() {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+}
 
 // The low and high element of a word, as floats.
 template <class Element>

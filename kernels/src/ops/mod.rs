@@ -9,6 +9,7 @@ pub mod gather_rows;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod rotary_embedding;
+pub mod sample;
 pub mod silu_mul;
 pub mod w4a16_matmul;
 
@@ -65,6 +66,7 @@ pub fn cuda_sources() -> Vec<Source> {
         gather_rows::cuda::SOURCE,
         rms_norm::cuda::SOURCE,
         rotary_embedding::cuda::SOURCE,
+        sample::cuda::SOURCE,
         silu_mul::cuda::SOURCE,
     ];
     sources.extend(paged_attention::cuda::SOURCES);

@@ -315,8 +315,8 @@ impl<B: Backend> DecoderLayer<B> {
     ) -> Result<(), KernelError> {
         let LayerContext { backend, config, step, .. } = *context;
         let rows = step.rows;
-        self.gate.forward(backend, &activations.normed, &mut activations.gate, rows)?;
-        self.up.forward(backend, &activations.normed, &mut activations.up, rows)?;
+        let layers = [(&self.gate, &mut activations.gate), (&self.up, &mut activations.up)];
+        Linear::forward_together(backend, &activations.normed, layers, rows)?;
         backend.silu_mul(silu_mul::Args {
             gate: &activations.gate,
             up: &activations.up,
@@ -354,9 +354,12 @@ impl<B: Backend> DecoderLayer<B> {
     ) -> Result<(), KernelError> {
         let LayerContext { backend, config, rotary, step } = *context;
         let (rows, heads, kv_heads, head_dim) = (step.rows, config.heads, config.kv_heads, config.head_dim);
-        self.query.forward(backend, &activations.normed, &mut activations.query, rows)?;
-        self.key.forward(backend, &activations.normed, &mut activations.key, rows)?;
-        self.value.forward(backend, &activations.normed, &mut activations.value, rows)?;
+        let layers = [
+            (&self.query, &mut activations.query),
+            (&self.key, &mut activations.key),
+            (&self.value, &mut activations.value),
+        ];
+        Linear::forward_together(backend, &activations.normed, layers, rows)?;
         if let Some(norms) = &self.head_norms {
             let head_norm = |input: &mut B::Buffer, output: &mut B::Buffer, weight, rows| {
                 let epsilon = config.rms_norm_epsilon;

@@ -1,5 +1,6 @@
 //! A linear layer in device form, dense or quantized: the forward pass does not ask which.
 
+use arrayvec::ArrayVec;
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::{Backend, MatrixShape};
 use nibble_kernels::ops::{dense_matmul, w4a16_matmul};
@@ -115,15 +116,36 @@ impl<B: Backend> Linear<B> {
         output: &mut B::Buffer,
         rows: usize,
     ) -> Result<(), KernelError> {
-        let bias = self.bias.as_ref();
-        match &self.weight {
-            Weight::Dense(weight) => {
-                backend.dense_matmul(dense_matmul::Args { input, weight, bias, output, rows })
-            }
-            Weight::Quantized(weight) => {
-                backend.w4a16_matmul(w4a16_matmul::Args { input, weight, bias, output, rows })
+        Self::forward_together(backend, input, [(self, output)], rows)
+    }
+
+    /// Multiplies `rows` rows of `input` by several layers, each with its output; those that are quantized in one
+    /// operation.
+    ///
+    /// # Errors
+    /// When a buffer is too short.
+    pub fn forward_together<const N: usize>(
+        backend: &B,
+        input: &B::Buffer,
+        layers: [(&Self, &mut B::Buffer); N],
+        rows: usize,
+    ) -> Result<(), KernelError> {
+        let mut products = ArrayVec::<_, N>::new();
+        for (layer, output) in layers {
+            let bias = layer.bias.as_ref();
+            match &layer.weight {
+                Weight::Dense(weight) => {
+                    backend.dense_matmul(dense_matmul::Args { input, weight, bias, output, rows })?;
+                }
+                Weight::Quantized(weight) => {
+                    products.push(w4a16_matmul::Product { weight, bias, output });
+                }
             }
         }
+        if products.is_empty() {
+            return Ok(());
+        }
+        backend.w4a16_matmul(w4a16_matmul::Args { input, products: &mut products, rows })
     }
 
     /// Bytes of device memory its weight holds.

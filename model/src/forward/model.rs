@@ -2,6 +2,7 @@
 
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::Backend;
+use nibble_kernels::ops::sample::{self, NoToken, Sampled};
 use nibble_kernels::ops::{embedding, paged_attention};
 
 use super::ModelError;
@@ -148,6 +149,16 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// When the batch breaks a rule of [`Batch`] or does not fit the model or the cache.
     pub fn forward(&mut self, batch: &Batch, cache: &mut KvCache<B>) -> Result<Logits, ModelError> {
+        self.run(batch, cache)?;
+        let Activations { residual, addend, .. } = &self.activations;
+        Ok(self.output.logits(&self.backend, &self.head, residual, addend, &batch.logit_rows)?)
+    }
+
+    /// Runs one step, for [`Model::sample`] and [`Model::hidden_states`] to follow; does not wait for the device.
+    ///
+    /// # Errors
+    /// Those of [`Model::forward`].
+    pub fn run(&mut self, batch: &Batch, cache: &mut KvCache<B>) -> Result<(), ModelError> {
         let limits = BatchLimits {
             vocabulary: self.config.vocabulary_size,
             positions: self.rotary.positions,
@@ -169,8 +180,21 @@ impl<B: Backend> Model<B> {
         for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             layer.forward(&context, cache, &mut self.activations, index == 0)?;
         }
+        Ok(())
+    }
+
+    /// What `wanted` says of each of `logit_rows`, rows of the batch that was given to [`Model::run`] last, sampled on
+    /// the device.
+    ///
+    /// # Errors
+    /// When there are not as many rows, or the device does not sample or refuses.
+    pub fn sample(
+        &mut self,
+        logit_rows: &[usize],
+        wanted: &[sample::Row],
+    ) -> Result<Vec<Result<Sampled, NoToken>>, ModelError> {
         let Activations { residual, addend, .. } = &self.activations;
-        Ok(self.output.logits(&self.backend, &self.head, residual, addend, &batch.logit_rows)?)
+        Ok(self.output.sample(&self.backend, &self.head, (residual, addend), logit_rows, wanted)?)
     }
 
     /// The hidden states behind the final norm, `[rows, hidden_size]`, of [`Batch::hidden_rows`] of the batch that was

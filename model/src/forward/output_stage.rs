@@ -6,6 +6,7 @@
 
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::{Activations, Backend};
+use nibble_kernels::ops::sample::{self, NoToken, Sampled};
 use nibble_kernels::ops::{gather_rows, rms_norm};
 use nibble_kernels::tensor::QuantizedMatrix;
 
@@ -17,7 +18,7 @@ use crate::checkpoint::{Checkpoint, LinearWeight};
 use crate::config::ModelConfig;
 
 /// Rows whose logits are computed at once: bounds the logits buffer of a long prompt.
-const LOGIT_ROWS: usize = 64;
+const LOGIT_ROWS: usize = 128;
 
 /// Bits of a head that is rounded when it is loaded, and its inputs that share a scale.
 const ROUNDED_BITS: u32 = 8;
@@ -199,6 +200,34 @@ impl<B: Backend> OutputStage<B> {
             self.finish(backend, head, chunk.len(), true, values)?;
         }
         Ok(Logits { rows: rows.len(), vocabulary: self.vocabulary, values })
+    }
+
+    /// What `wanted` says of the logits of `rows` of a step, as for [`OutputStage::logits`], sampled on the device.
+    ///
+    /// # Errors
+    /// When a row is outside the buffers, or the device does not sample.
+    pub(crate) fn sample(
+        &mut self,
+        backend: &B,
+        head: &Linear<B>,
+        (residual, addend): (&B::Buffer, &B::Buffer),
+        rows: &[usize],
+        wanted: &[sample::Row],
+    ) -> Result<Vec<Result<Sampled, NoToken>>, KernelError> {
+        let sampler = backend.sampler();
+        KernelError::require(sampler.is_some(), "sample", "device", "none", "must be one that samples")?;
+        KernelError::check("sample", "rows", wanted.len(), rows.len())?;
+        let mut sampled = Vec::with_capacity(rows.len());
+        for (chunk, wanted) in rows.chunks(LOGIT_ROWS).zip(wanted.chunks(LOGIT_ROWS)) {
+            self.gather(backend, residual, addend, chunk)?;
+            self.norm(backend, chunk.len(), true)?;
+            head.forward(backend, &self.normed, &mut self.logits, chunk.len())?;
+            if let Some(sampler) = sampler {
+                let args = sample::Args { logits: &self.logits, vocabulary: self.vocabulary, rows: wanted };
+                sampled.extend(sampler.sample(args)?);
+            }
+        }
+        Ok(sampled)
     }
 
     /// The hidden states behind the final norm, `[rows, hidden_size]`, of `rows` of a step, as for

@@ -91,6 +91,11 @@ impl TokenMask {
         Self { words }
     }
 
+    /// The bits, as [`Self::from_words`] takes them.
+    pub(crate) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
     /// Lets `token_id` come as well.
     pub fn allow(&mut self, token_id: u32) {
         let index = token_id as usize / u32::BITS as usize;

@@ -12,7 +12,7 @@ use crate::handle::{Command, Health, Shared, Submission};
 use crate::ledger::Ledger;
 use crate::request::{Failure, RequestEvent, RequestId, SinkState};
 use crate::runner::{RunnerLimits, StepError, StepRunner, StepValues};
-use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs};
+use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs, on_device};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::stats::EngineStats;
 
@@ -115,11 +115,11 @@ impl EngineThread {
                 self.ledger.started(sequence.id);
             }
         }
-        let StepValues { logits, hidden_states } = self.execute(&plan)?;
-        check_values(&logits, &hidden_states, &plan.batch, &self.shared.limits)?;
+        let (logits, hidden_states) = self.execute(&plan)?;
+        check_values(logits.as_ref(), &hidden_states, &plan.batch, &self.shared.limits)?;
         // Those aborted meanwhile end with this step, without another token.
         self.take_commands();
-        let next_tokens = self.next_tokens(&plan, &logits);
+        let next_tokens = self.next_tokens(&plan, logits.as_ref())?;
         self.working_since = Some(Instant::now());
         let output = StepOutput { plan, next_tokens, hidden_states, completed_at: self.now() };
         self.scheduler.complete(output, &mut self.effects);
@@ -127,36 +127,63 @@ impl EngineThread {
         Ok(())
     }
 
-    /// Computes `plan`. Meanwhile constraints say which tokens may come.
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepValues, StepError> {
+    /// Computes the logits, unless the device keeps them to sample from, and the hidden states of `plan`. Meanwhile
+    /// constraints say which tokens may come.
+    fn execute(&mut self, plan: &StepPlan) -> Result<(Option<Logits>, Vec<f32>), StepError> {
+        let on_device = self.can_sample_on_device(plan);
+        let runner = &mut self.runner;
+        let mut compute = || match runner.device_sampler().filter(|_| on_device) {
+            Some(sampler) => Ok((None, sampler.start(&plan.batch)?)),
+            None => {
+                let StepValues { logits, hidden_states } = runner.execute(&plan.batch)?;
+                Ok((Some(logits), hidden_states))
+            }
+        };
         let mut constrained = self.scheduler.constrained(plan);
         if constrained.is_empty() {
-            return self.runner.execute(&plan.batch);
+            return compute();
         }
         std::thread::scope(|scope| {
             for sequences in constrained.chunks_mut(CONSTRAINED_SEQUENCES_PER_THREAD) {
                 scope.spawn(|| sequences.iter_mut().for_each(|sequence| sequence.constrain()));
             }
-            self.runner.execute(&plan.batch)
+            compute()
+        })
+    }
+
+    /// Whether a device that samples can do all that the sequences of `plan` want.
+    fn can_sample_on_device(&self, plan: &StepPlan) -> bool {
+        plan.entries.iter().all(|planned| {
+            let parameters = &self.scheduler.running()[planned.running].sampling;
+            on_device::is_possible(parameters.logprobs) && on_device::is_possible(parameters.prompt_logprobs)
         })
     }
 
     /// The token that follows each logit row of `plan`, sampled or known; log probabilities go to `self.logprobs`.
-    fn next_tokens(&mut self, plan: &StepPlan, logits: &Logits) -> Vec<Result<u32, Failure>> {
-        let mut rows = Vec::with_capacity(logits.rows);
+    /// Without `logits` the device samples.
+    fn next_tokens(
+        &mut self,
+        plan: &StepPlan,
+        logits: Option<&Logits>,
+    ) -> Result<Vec<Result<u32, Failure>>, StepError> {
+        let mut rows = Vec::with_capacity(plan.batch.logit_rows.len());
+        let row = |index: usize| logits.map_or(&[][..], |logits| logits.row(index));
         for (planned, batch_rows) in plan.entries.iter().zip(&plan.batch.sequences) {
             let sequence = &self.scheduler.running()[planned.running];
             let end = batch_rows.first_position + planned.tokens;
             let next_known = sequence.tokens_and_draft().iter().skip(end + 1 - planned.logits);
             for &token_id in next_known.take(planned.scored()) {
                 let top = sequence.sampling.prompt_logprobs.unwrap_or(0);
-                rows.push(LogitRow::Score { logits: logits.row(rows.len()), token_id, top });
+                rows.push(LogitRow::Score { logits: row(rows.len()), token_id, top });
             }
             for drafted in (0..=planned.draft_tokens).take_while(|_| planned.samples) {
-                rows.push(LogitRow::Sample(SamplingRow::new(sequence, drafted, logits.row(rows.len()))));
+                rows.push(LogitRow::Sample(SamplingRow::new(sequence, drafted, row(rows.len()))));
             }
         }
-        let sampled = self.sampler.sample(&rows);
+        let sampled = match self.runner.device_sampler().filter(|_| logits.is_none()) {
+            Some(sampler) => on_device::sample(sampler, &rows, self.shared.limits.vocabulary_size)?,
+            None => self.sampler.sample(&rows),
+        };
         self.logprobs.clear();
         let mut tokens = Vec::with_capacity(sampled.len());
         for outcome in sampled {
@@ -167,7 +194,7 @@ impl EngineThread {
             tokens.push(token);
             self.logprobs.push(logprobs);
         }
-        tokens
+        Ok(tokens)
     }
 
     /// Takes every command that has arrived.
@@ -323,7 +350,7 @@ impl EngineThread {
 
 /// Refuses logits and hidden states that are not those of `batch`.
 fn check_values(
-    logits: &Logits,
+    logits: Option<&Logits>,
     hidden_states: &[f32],
     batch: &Batch,
     limits: &RunnerLimits,
@@ -336,6 +363,7 @@ fn check_values(
             hidden_states.len()
         )));
     }
+    let Some(logits) = logits else { return Ok(()) };
     if logits.rows == rows
         && logits.vocabulary == vocabulary_size
         && logits.values.len() == rows * vocabulary_size

@@ -27,6 +27,6 @@ pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
 pub use model_runner::ModelRunner;
 pub use nibble_model::pooling_config::Pooling;
 pub use request::{Blame, EventSink, Failure, FinishReason, Request, RequestEvent, RequestId, SinkState};
-pub use runner::{RunnerLimits, StepError, StepRunner, StepValues};
+pub use runner::{DeviceSampler, RunnerLimits, StepError, StepRunner, StepValues};
 pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
 pub use stats::{EngineStats, FinishedCounts, Histogram, token_bounds};

@@ -1,5 +1,6 @@
 //! The one dynamic seam of the engine: something that computes a step.
 
+use nibble_kernels::ops::sample::{self, NoToken, Sampled};
 use nibble_model::forward::{Batch, Logits};
 
 /// What a runner can hold; fixed for its life.
@@ -67,4 +68,24 @@ pub trait StepRunner: Send {
     /// # Errors
     /// When the device or the model failed; no later step is tried.
     fn execute(&mut self, batch: &Batch) -> Result<StepValues, StepError>;
+
+    /// The same runner as one that samples where the logits are, if it can.
+    fn device_sampler(&mut self) -> Option<&mut dyn DeviceSampler> {
+        None
+    }
+}
+
+/// Computes a step in two parts: the tokens that may come need only be known for the second.
+pub trait DeviceSampler {
+    /// Starts what [`StepRunner::execute`] does, but for the logits, and returns the hidden states that `batch` wants.
+    ///
+    /// # Errors
+    /// When the device or the model failed; no later step is tried.
+    fn start(&mut self, batch: &Batch) -> Result<Vec<f32>, StepError>;
+
+    /// Waits for the step and does what is wanted of each of its [`Batch::logit_rows`].
+    ///
+    /// # Errors
+    /// When the device or the model failed; no later step is tried.
+    fn sample(&mut self, wanted: &[sample::Row]) -> Result<Vec<Result<Sampled, NoToken>>, StepError>;
 }

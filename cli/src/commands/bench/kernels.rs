@@ -193,8 +193,8 @@ impl Measurement<'_> {
             let shape = format!("{rows} x {outputs} x {inputs}, groups of {group_size}");
             self.measure(("w4a16_matmul", shape), copies, work, &mut || {
                 weights.iter().try_for_each(|weight| {
-                    let (input, output) = (&input, &mut output);
-                    backend.w4a16_matmul(w4a16_matmul::Args { input, weight, bias: None, output, rows })
+                    let products = &mut [w4a16_matmul::Product { weight, bias: None, output: &mut output }];
+                    backend.w4a16_matmul(w4a16_matmul::Args { input: &input, products, rows })
                 })
             })?;
         }

@@ -15,6 +15,12 @@ pub(crate) const SUITE: Suite = Suite {
     ],
     faults: &[
         fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
+        fault(
             "no barrier before a stage is read",
             "            block_barrier();\n            load",
             0,

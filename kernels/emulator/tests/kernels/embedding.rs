@@ -9,6 +9,12 @@ pub(crate) const SUITE: Suite = Suite {
     source: embedding::cuda::SOURCE,
     cases: &[("rows come out in the order of the tokens", rows_come_out_in_the_order_of_the_tokens)],
     faults: &[
+        fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
         fault("the next token", "token_ids[row]", 0, "token_ids[row + 1]"),
         fault(
             "the next row of the table",

@@ -9,6 +9,12 @@ pub(crate) const SUITE: Suite = Suite {
     source: gather_rows::cuda::SOURCE,
     cases: &[("rows come out in the order asked for", rows_come_out_in_the_order_asked_for)],
     faults: &[
+        fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
         fault("the next number", "rows[row]", 0, "rows[row + 1]"),
         fault(
             "the next row of the input",

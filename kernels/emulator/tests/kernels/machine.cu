@@ -4,6 +4,7 @@
 // products[16, 8] = a[16, 16] * b[8, 16]^T, through shared memory. b as x2 and, as a check, as half of x4.
 template <class Element>
 NIBBLE_DEVICE void product(const u16* a, const u16* b, float* products) {
+    start_after_previous_kernel();
     u16* a_tile = reinterpret_cast<u16*>(shared_memory());
     u16* b_tile = a_tile + 256;
     u32 lane = thread_index();
@@ -29,6 +30,7 @@ NIBBLE_KERNEL(32, 1) product_bf16(const u16* a, const u16* b, float* products) {
 
 // output[m, i, j] = input[m, j, i] for four matrices of 8 x 8.
 NIBBLE_KERNEL(32, 1) transpose(const u16* input, u32* output) {
+    start_after_previous_kernel();
     u16* tile = reinterpret_cast<u16*>(shared_memory());
     u32 lane = thread_index(), fragment[4];
     store_16(tile + lane * 8, load_16(input + lane * 8));
@@ -39,12 +41,14 @@ NIBBLE_KERNEL(32, 1) transpose(const u16* input, u32* output) {
 
 // For each thread: what lane ^ 5 and lane 3 hold; its own index is what it holds.
 NIBBLE_KERNEL(64, 1) shuffles(u32* output) {
+    start_after_previous_kernel();
     u32 index = thread_index();
     output[index] = shuffle_xor(index, 5);
     output[64 + index] = shuffle(index, 3);
 }
 
 NIBBLE_KERNEL(32, 1) bits(const u32* input, u32* output) {
+    start_after_previous_kernel();
     u32 a = input[0], b = input[1], c = input[2];
     output[0] = logic<(0xf0 & 0xcc) ^ 0xaa>(a, b, c);
     output[1] = logic<0xf0 | (0xcc & 0xaa)>(a, b, c);
@@ -55,6 +59,7 @@ NIBBLE_KERNEL(32, 1) bits(const u32* input, u32* output) {
 // output[i] = the 16-bit form of input[i].
 template <class Element>
 NIBBLE_DEVICE void rounded(const float* input, u16* output) {
+    start_after_previous_kernel();
     u32 index = block_index_x() * 32 + thread_index();
     output[index] = Element::from_float(input[index]);
 }
@@ -64,6 +69,7 @@ NIBBLE_KERNEL(32, 1) rounded_bf16(const float* input, u16* output) { rounded<BF1
 // Pairs: a + b, a * b and a * b + c.
 template <class Element>
 NIBBLE_DEVICE void arithmetic(const u32* input, u32* output, u32 count) {
+    start_after_previous_kernel();
     u32 index = thread_index();
     u32 a = input[index], b = input[count + index], c = input[2 * count + index];
     output[index] = Element::add(a, b);
@@ -77,6 +83,7 @@ NIBBLE_KERNEL(1024, 1) arithmetic_bf16(const u32* input, u32* output, u32 count)
 
 // The last block to come adds up what the others left.
 NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
+    start_after_previous_kernel();
     if (thread_index() == 0) {
         partial[block_index_x()] = block_index_x();
         device_fence();
@@ -91,6 +98,7 @@ NIBBLE_KERNEL(32, 1) last_block(u32* partial, u32* counter, u32* total) {
 
 // The same with one step forgotten: 0 the fence before the atomic, 1 the atomic, 2 the fence after it, 3 none.
 NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, u32 forgotten) {
+    start_after_previous_kernel();
     if (thread_index() == 0) {
         partial[block_index_x()] = block_index_x();
         if (forgotten != 0) device_fence();
@@ -105,6 +113,7 @@ NIBBLE_KERNEL(32, 1) last_block_without(u32* partial, u32* counter, u32* total, 
 NIBBLE_KERNEL(32, 1)
 many_arguments(float* output, u32 a, float b, u32 c, u32 d, u32 e, u32 f, u32 g, float h, float i, float j, float k, float l,
                float m, float n, float o, u32 p) {
+    start_after_previous_kernel();
     if (thread_index() == 0) {
         float values[16] = {float(a), b, float(c), float(d), float(e), float(f), float(g), h, i, j, k, l, m, n, o, float(p)};
         for (u32 index = 0; index < 16; index++) output[index] = values[index];
@@ -113,6 +122,7 @@ many_arguments(float* output, u32 a, float b, u32 c, u32 d, u32 e, u32 f, u32 g,
 
 // Threads read 16 bytes each, `stride` vectors apart.
 NIBBLE_KERNEL(32, 1) strided(u32* output, u32 stride) {
+    start_after_previous_kernel();
     Words4* words = reinterpret_cast<Words4*>(shared_memory());
     for (u32 i = thread_index(); i < 32 * stride; i += 32) store_16(words + i, Words4{i, i, i, i});
     warp_barrier();
@@ -120,11 +130,15 @@ NIBBLE_KERNEL(32, 1) strided(u32* output, u32 stride) {
 }
 
 NIBBLE_KERNEL(32, 1) scattered(const u32* input, u32* output, u32 stride) {
+    start_after_previous_kernel();
     output[thread_index()] = input[thread_index() * stride];
 }
 
 // Each way to go wrong.
 NIBBLE_KERNEL(64, 1) faulty(u32* memory, u32 fault) {
+    if (fault == 17) shared_memory()[0] = memory[0];                                   // reads before the wait
+    if (fault == 18) memory[thread_index()] = 0;                                       // writes before the wait
+    start_after_previous_kernel();
     u32* shared = reinterpret_cast<u32*>(shared_memory());
     u32 index = thread_index();
     shared[index] = index;

@@ -322,6 +322,8 @@ fn every_fault_is_named_whatever_the_order() {
         (14, "race in global memory"),
         (15, "race in global memory"),
         (16, ""),
+        (17, "loads 4 bytes at address"),
+        (18, "before wait_for_previous_kernel"),
     ];
     for (fault, message) in faults {
         for seed in 0..3 {

@@ -13,17 +13,19 @@ mod paged_attention;
 mod refusals;
 mod rms_norm;
 mod rotary_embedding;
+mod sample;
 mod silu_mul;
 mod w4a16_matmul;
 
 /// All suites.
-const SUITES: [lab::Suite; 9] = [
+const SUITES: [lab::Suite; 10] = [
     dense_matmul::SUITE,
     embedding::SUITE,
     gather_rows::SUITE,
     paged_attention::SUITE,
     rms_norm::SUITE,
     rotary_embedding::SUITE,
+    sample::SUITE,
     silu_mul::SUITE,
     w4a16_matmul::SUITE,
     w4a16_matmul::HOPPER_SUITE,

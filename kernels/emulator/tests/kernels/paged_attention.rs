@@ -21,6 +21,18 @@ pub(crate) const SUITE: Suite = Suite {
     ],
     faults: &[
         fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
+        fault(
+            "the kernel before is not waited for, by the other kernel",
+            "start_after_previous_kernel();",
+            1,
+            "let_next_kernel_start();",
+        ),
+        fault(
             "keys are read before they are there",
             "            block_barrier();  // everyone's keys",
             0,

@@ -14,6 +14,18 @@ pub(crate) const SUITE: Suite = Suite {
         ("a row alone", a_row_has_the_same_bits_alone_and_in_a_batch),
     ],
     faults: &[
+        fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
+        fault(
+            "the kernel before is not waited for, by the other kernel",
+            "start_after_previous_kernel();",
+            1,
+            "let_next_kernel_start();",
+        ),
         fault("the barrier is gone", "    block_barrier();\n", 0, ""),
         fault("a warp's sum is forgotten", "warp < threads / 32", 0, "warp < threads / 32 - 1"),
         fault("lanes far apart are not added", "distance = 16", 0, "distance = 8"),

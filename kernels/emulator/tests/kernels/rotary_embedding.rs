@@ -16,6 +16,12 @@ pub(crate) const SUITE: Suite = Suite {
         ("a row alone", a_row_has_the_same_bits_alone_and_in_a_batch),
     ],
     faults: &[
+        fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
         fault("the next position", "positions[row]", 0, "positions[row] + 1"),
         fault("the next slot", "slots[row]", 0, "slots[row] + 1"),
         fault("one sign is wrong", "lower_low * cos_low - upper_low", 0, "lower_low * cos_low + upper_low"),

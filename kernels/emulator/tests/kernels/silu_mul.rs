@@ -15,6 +15,12 @@ pub(crate) const SUITE: Suite = Suite {
         ("vectors", whole_vectors_are_moved_sixteen_bytes_at_a_time),
     ],
     faults: &[
+        fault(
+            "the kernel before is not waited for",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
         fault("a block too far", "(block_index_x() * THREADS", 0, "((block_index_x() + 1) * THREADS"),
         fault("threads past the end", "    if (first >= elements) return;\n", 0, ""),
         fault("seven elements are a vector", "elements - first >= 8", 0, "elements - first >= 7"),

@@ -4,7 +4,7 @@ use nibble_kernel_emulator::Emulator;
 use nibble_kernel_emulator::mutations::Mutation;
 use nibble_kernels::backend::Device;
 use nibble_kernels::device::cuda::Element;
-use nibble_kernels::ops::w4a16_matmul::{self, Args, W4a16Matmul, reference};
+use nibble_kernels::ops::w4a16_matmul::{self, Args, Product, W4a16Matmul, reference};
 use nibble_kernels::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
 
 use crate::lab::{
@@ -15,19 +15,40 @@ pub(crate) const SUITE: Suite = Suite {
     source: w4a16_matmul::cuda::SOURCES[0],
     cases: &[
         ("every form agrees with the reference", every_form_agrees_with_the_reference),
+        ("several matrices", matrices_of_one_launch_agree_with_the_reference),
         ("a row alone", a_row_has_the_same_bits_alone_and_in_any_batch),
         ("shared memory", shared_memory_has_no_conflicts),
     ],
     faults: &[
+        fault("the kernel before is not waited for", "        wait_for_previous_kernel();\n", 0, ""),
+        fault(
+            "activations are copied before the kernel before has ended",
+            "weights.load_weights(shared",
+            0,
+            "weights.load_part(shared",
+        ),
+        fault(
+            "inputs are permuted before the kernel before has ended",
+            "start_after_previous_kernel();",
+            0,
+            "let_next_kernel_start();",
+        ),
         fault("no barrier before a stage is read", "#endif\n    block_barrier();", 0, "#endif"),
         fault("the wait is too weak", "async_wait<ahead - 1>", 0, "async_wait<ahead>"),
         fault("copies are a step too late", "ahead < F::ahead; ++ahead", 0, "ahead + 1 < F::ahead; ++ahead"),
+        fault("no weights for the first step", "ahead < first; ++ahead", 0, "ahead + 1 < first; ++ahead"),
+        fault(
+            "the weights of a step are copied twice",
+            "if (ahead + 1 < first)",
+            0,
+            "if (ahead + 2 < first)",
+        ),
         fault("a copy is not closed", "            async_commit();\n", 0, ""),
         fault(
             "a quarter of the codes is not copied",
-            "part < 4; ++part) {\n            load_part",
+            "part < 4; ++part) {\n                weights",
             0,
-            "part < 3; ++part) {\n            load_part",
+            "part < 3; ++part) {\n                weights",
         ),
         fault("no swizzle on the way in", "((chunk % 8) ^ (row % 8)) * 16", 0, "(chunk % 8) * 16"),
         fault("rows past the end", "chunk < chunks_to_read", 0, "first_input < arguments.k"),
@@ -44,17 +65,31 @@ pub(crate) const SUITE: Suite = Suite {
             0,
             "first % arguments.steps_per_group",
         ),
+        fault("the tile before is not entered", "        --tile;\n        step", 0, "        step"),
         fault(
-            "the tile before is not found",
-            "codes -= static_cast<u64>(warps - 1)",
+            "the weights of the tile before are not found",
+            "        enter_weights();\n    }\n\n    // Starts the",
             0,
-            "codes -= static_cast<u64>(warps)",
+            "    }\n\n    // Starts the",
         ),
         fault(
-            "the scales of the tile before are not found",
-            "factors -= static_cast<u64>(warps - 1)",
+            "the third matrix is taken for the second",
+            "is_third = tile >= third.first_tile",
             0,
-            "factors -= static_cast<u64>(warps)",
+            "is_third = tile > third.first_tile",
+        ),
+        fault(
+            "the second matrix is taken for the first",
+            "is_second = tile >= second.first_tile",
+            0,
+            "is_second = tile > second.first_tile",
+        ),
+        fault("the codes of another matrix", "(tile - matrix.first_tile) * warps", 0, "tile * warps"),
+        fault(
+            "the outputs of another matrix",
+            "(tile - matrix.first_tile) * tile_outputs",
+            0,
+            "tile * tile_outputs",
         ),
         fault("the inputs of the tile before", "first_input += step * step_inputs", 0, "first_input += 0"),
         fault(
@@ -102,16 +137,11 @@ pub(crate) const SUITE: Suite = Suite {
         fault("no bias", "sums[0][column][side] + bias[0]", 0, "sums[0][column][side]"),
         fault(
             "a bias past the end",
-            "output + i < arguments.n ? Element",
+            "output + i < matrix.n ? Element",
             0,
-            "output + i <= arguments.n ? Element",
+            "output + i <= matrix.n ? Element",
         ),
-        fault(
-            "outputs past the end",
-            "if (output + i < arguments.n) {",
-            0,
-            "if (output + i <= arguments.n) {",
-        ),
+        fault("outputs past the end", "if (output + i < matrix.n) {", 0, "if (output + i <= matrix.n) {"),
         fault("rows are written past the end", "row >= arguments.m", 0, "row > arguments.m"),
         fault(
             "two outputs swapped",
@@ -226,7 +256,7 @@ struct Problem {
 }
 
 /// The output, and cycles that conflicts in shared memory cost.
-struct Product {
+struct Found {
     output: Vec<f32>,
     conflict_cycles: u64,
 }
@@ -261,11 +291,11 @@ impl Problem {
     }
 
     /// The product of the first `rows` rows.
-    fn run(&self, lab: &Lab, rows: usize, multiprocessors: u32) -> Result<Product, String> {
+    fn run(&self, lab: &Lab, rows: usize, multiprocessors: u32) -> Result<Found, String> {
         self.run_on(&lab.device_of_size(self.shape.element, rows as u64, multiprocessors), rows)
     }
 
-    fn run_on(&self, device: &TestDevice, rows: usize) -> Result<Product, String> {
+    fn run_on(&self, device: &TestDevice, rows: usize) -> Result<Found, String> {
         let Shape { outputs, inputs, .. } = self.shape;
         let weight = device.cuda.pack_quantized("weight", &self.weight).map_err(|error| error.to_string())?;
         let (input, bias) = (device.upload(&self.input[..rows * inputs]), device.upload(&self.bias));
@@ -273,19 +303,27 @@ impl Problem {
         // Twice: whoever counts leaves zeros behind.
         for _ in 0..2 {
             let mut output = device.poisoned(rows * outputs);
-            let args = Args { input: &input, weight: &weight, bias: Some(&bias), output: &mut output, rows };
-            device.cuda.w4a16_matmul(args).map_err(|error| error.to_string())?;
+            let products = &mut [Product { weight: &weight, bias: Some(&bias), output: &mut output }];
+            device
+                .cuda
+                .w4a16_matmul(Args { input: &input, products, rows })
+                .map_err(|error| error.to_string())?;
             found.push(device.download(&output));
         }
         let report = device.emulator.report();
         check_same_bits("the second time", &found[1], &found[0])?;
         let conflict_cycles = report.matrix_conflict_cycles + report.shared_conflict_cycles;
-        Ok(Product { output: found.swap_remove(0), conflict_cycles })
+        Ok(Found { output: found.swap_remove(0), conflict_cycles })
     }
 
     fn check(&self, rows: usize, found: &[f32]) -> Outcome {
+        self.check_product_of(&self.input, rows, found)
+    }
+
+    /// Holds `found` against the product of the first `rows` rows of `input`.
+    fn check_product_of(&self, input: &[f32], rows: usize, found: &[f32]) -> Outcome {
         let Shape { element, outputs, inputs, .. } = self.shape;
-        let input = &self.input[..rows * inputs];
+        let input = &input[..rows * inputs];
         let expected = reference::w4a16_matmul(input, &self.weight, Some(&self.bias));
         let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
         // The product of a code and its scale is rounded once, to the element.
@@ -329,6 +367,36 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch(lab: &Lab) -> Outcome {
     Ok(())
 }
 
+/// Query, key and value; then a launch of two, and two launches because one of four matrices has no zero points.
+fn matrices_of_one_launch_agree_with_the_reference(lab: &Lab) -> Outcome {
+    let with = |outputs| shape(Element::F16, outputs, 576, 64, true);
+    let without = |outputs| Shape { symmetric: false, ..with(outputs) };
+    for (rows, shapes) in [
+        (5, vec![with(600), with(264), with(40)]),
+        (17, vec![with(256), with(300)]),
+        (150, vec![with(512), with(40), with(513)]),
+        (9, vec![with(256), with(40), without(300), with(264)]),
+    ] {
+        let problems: Vec<Problem> = shapes.into_iter().map(|shape| Problem::new(shape, rows)).collect();
+        let device = lab.device_of_size(Element::F16, rows as u64, MULTIPROCESSORS);
+        let packed = problems.iter().map(|problem| device.cuda.pack_quantized("weight", &problem.weight));
+        let packed = packed.collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+        let biases: Vec<_> = problems.iter().map(|problem| device.upload(&problem.bias)).collect();
+        let mut outputs: Vec<_> =
+            problems.iter().map(|problem| device.poisoned(rows * problem.shape.outputs)).collect();
+        let input = device.upload(&problems[0].input);
+        let parts = packed.iter().zip(&biases).zip(&mut outputs);
+        let mut products: Vec<_> =
+            parts.map(|((weight, bias), output)| Product { weight, bias: Some(bias), output }).collect();
+        let args = Args { input: &input, products: &mut products, rows };
+        device.cuda.w4a16_matmul(args).map_err(|error| error.to_string())?;
+        for (problem, output) in problems.iter().zip(&outputs) {
+            problem.check_product_of(&problems[0].input, rows, &device.download(output))?;
+        }
+    }
+    Ok(())
+}
+
 fn hopper_agrees_with_the_reference_and_rows_with_themselves(lab: &Lab) -> Outcome {
     for shape in [
         shape(Element::F16, 300, 1152, 128, false),
@@ -361,6 +429,11 @@ fn shared_memory_has_no_conflicts(lab: &Lab) -> Outcome {
 #[test]
 fn every_form_of_w4a16_matmul_agrees_with_the_reference() -> Outcome {
     every_form_agrees_with_the_reference(&Lab::sound())
+}
+
+#[test]
+fn matrices_of_one_launch_of_w4a16_matmul_agree_with_the_reference() -> Outcome {
+    matrices_of_one_launch_agree_with_the_reference(&Lab::sound())
 }
 
 #[test]

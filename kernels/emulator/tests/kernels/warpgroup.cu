@@ -6,6 +6,7 @@ enum Fault : u32 { NONE, NO_PROXY_FENCE, NO_WAIT, OVERWRITTEN, REGISTERS_CHANGED
 
 template <class Element>
 NIBBLE_DEVICE void product(const u32* a, const u16* b, float* products, u32 fault) {
+    start_after_previous_kernel();
     u8* tile = shared_memory();
     u32 thread = thread_index(), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     for (u32 i = thread; i < COLUMNS * 8; i += 128) {

@@ -24,6 +24,7 @@ pub use thread_pool::ThreadPool;
 
 use crate::backend::{Activations, Device, Length, MatrixShape};
 use crate::error::KernelError;
+use crate::ops::sample::Sample;
 use crate::tensor::{DenseMatrix, QuantizedMatrix};
 
 /// The processor this program runs on.
@@ -195,6 +196,10 @@ impl Device for Cpu {
 
     fn activations(&self) -> Activations {
         self.activations
+    }
+
+    fn sampler(&self) -> Option<&dyn Sample<CpuBuffer>> {
+        None
     }
 
     fn pack_dense(&self, _: &str, matrix: &DenseMatrix<'_>) -> Result<CpuDenseMatrix, KernelError> {

@@ -1,24 +1,28 @@
 //! A card, through its driver. Libraries are opened when they are first needed; nothing links to them.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::fmt;
+use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arrayvec::ArrayVec;
 use cudarc::driver::sys::{
     CUdevice_attribute as Attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags,
-    CUstreamCaptureMode,
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstreamCaptureMode,
 };
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchConfig, PushKernelArg, result, sys,
-};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
 use super::compiler::{Architecture, Compiler};
-use super::driver::{Address, Argument, Driver, Launch, Properties, Source};
+use super::driver::{Address, Argument, Driver, Launch, MAX_ARGUMENTS, Properties, Source};
 use crate::error::KernelError;
 
 /// The oldest driver that has every function in use, as `cuDriverGetVersion` counts: CUDA 12.8.
 const OLDEST_DRIVER: i32 = 12080;
+
+/// The first compute capability on which a kernel can start before the one before it has ended.
+const STARTS_EARLY_FROM: (u32, u32) = (9, 0);
 
 /// A graphics card and one stream on it.
 pub struct Card {
@@ -248,29 +252,51 @@ impl Driver for Card {
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), KernelError> {
+        self.bind()?;
         let function = self.function(launch)?;
-        let mut builder = self.stream.launch_builder(&function);
-        for argument in &launch.arguments {
-            match argument {
-                Argument::Address(address) => builder.arg(address),
-                Argument::U32(value) => builder.arg(value),
-                Argument::F32(value) => builder.arg(value),
-            };
-        }
+        let mut parameters: ArrayVec<*mut c_void, MAX_ARGUMENTS> =
+            launch.arguments.iter().map(parameter).collect();
+        // The kernel may start early: it waits itself for what was launched before. A pending copy it always waits for.
+        let mut starts_early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let can_start_early = self.properties.compute_capability >= STARTS_EARLY_FROM;
         let [x, y, z] = launch.grid;
-        let config = LaunchConfig {
-            grid_dim: (x, y, z),
-            block_dim: (launch.block, 1, 1),
-            shared_mem_bytes: launch.shared_bytes,
+        let config = CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut starts_early,
+            numAttrs: u32::from(can_start_early),
         };
         // SAFETY: operations check their arguments and make launches that stay inside the buffers they were given; the
-        // buffers live until `free` has waited for this stream.
-        let launched = unsafe { builder.launch(config) };
-        launched.map(|_| ()).map_err(|error| self.failed(&format!("launch {}", launch.kernel), &error))
+        // buffers live until `free` has waited for this stream. The parameters point to the values of the arguments, of
+        // the kernel's types and in its order, which are read before the call returns, as is the configuration.
+        let launched = unsafe {
+            let config = &raw const config;
+            sys::cuLaunchKernelEx(config, function.cu_function(), parameters.as_mut_ptr(), ptr::null_mut())
+        };
+        launched.result().map_err(|error| self.failed(&format!("launch {}", launch.kernel), &error))
     }
 
     fn synchronize(&self) -> Result<(), KernelError> {
         self.stream.synchronize().map_err(|error| self.failed("run the kernels", &error))
+    }
+}
+
+/// Where the value of an argument lies.
+fn parameter(argument: &Argument) -> *mut c_void {
+    match argument {
+        Argument::Address(address) | Argument::Weights(address) => ptr::from_ref(address).cast_mut().cast(),
+        Argument::U32(value) => ptr::from_ref(value).cast_mut().cast(),
+        Argument::F32(value) => ptr::from_ref(value).cast_mut().cast(),
     }
 }
 

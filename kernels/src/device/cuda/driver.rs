@@ -23,6 +23,8 @@ pub struct Source {
 pub enum Argument {
     /// A pointer to device memory.
     Address(Address),
+    /// A pointer to device memory that no kernel writes: it may be read before the kernel before has ended.
+    Weights(Address),
     /// A 32-bit unsigned integer.
     U32(u32),
     /// A 32-bit float.
@@ -30,9 +32,10 @@ pub enum Argument {
 }
 
 /// Most arguments a kernel has.
-pub const MAX_ARGUMENTS: usize = 24;
+pub const MAX_ARGUMENTS: usize = 32;
 
-/// A kernel launch, as data.
+/// A kernel launch, as data. Where the card can, the kernel starts before those submitted earlier have ended: it waits
+/// for them itself (`wait_for_previous_kernel` in `common.cuh`).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launch {
     /// The module.

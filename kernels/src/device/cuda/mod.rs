@@ -16,6 +16,7 @@ pub use memory::{CudaBuffer, CudaIndices, Memory};
 
 use crate::backend::{Activations, Device, Length};
 use crate::error::KernelError;
+use crate::ops::sample::Sample;
 use crate::ops::w4a16_matmul::layout;
 use crate::tensor::{DenseMatrix, QuantizedMatrix};
 use driver::{Address, Driver, Launch, Properties};
@@ -155,6 +156,10 @@ impl Device for Cuda {
 
     fn activations(&self) -> Activations {
         Activations::Float
+    }
+
+    fn sampler(&self) -> Option<&dyn Sample<CudaBuffer>> {
+        Some(self)
     }
 }
 

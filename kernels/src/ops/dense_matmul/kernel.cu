@@ -194,6 +194,7 @@ struct Tile {
 // Grid: x tiles of rows, y tiles of outputs.
 template <class Element, u32 OUTPUT_WARPS, u32 ROW_WARPS, u32 OUTPUT_FRAGMENTS, u32 ROW_FRAGMENTS, u32 STEP, u32 STAGES>
 NIBBLE_DEVICE void dense_matmul(const Arguments& arguments) {
+    start_after_previous_kernel();
     Tile<Element, OUTPUT_WARPS, ROW_WARPS, OUTPUT_FRAGMENTS, ROW_FRAGMENTS, STEP, STAGES> tile;
     tile.arguments = arguments;
     tile.shared = shared_memory();

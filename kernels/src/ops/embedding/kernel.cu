@@ -8,6 +8,7 @@
 constexpr u32 THREADS = 128;
 
 NIBBLE_KERNEL(THREADS, 12) embedding(const u32* token_ids, const u16* table, u16* output, u32 hidden) {
+    start_after_previous_kernel();
     u32 row = block_index_x();
     u32 first = (block_index_y() * THREADS + thread_index()) * 8;
     if (first >= hidden) return;

@@ -8,9 +8,10 @@
 constexpr u32 THREADS = 128;
 
 NIBBLE_KERNEL(THREADS, 12) gather_rows(const u16* input, const u32* rows, u16* output, u32 width) {
+    start_after_previous_kernel();
     u32 row = block_index_x();
     u32 first = (block_index_y() * THREADS + thread_index()) * 8;
     if (first >= width) return;
     u64 from = static_cast<u64>(rows[row]) * width + first;
-    store_16(output + static_cast<u64>(row) * width + first, load_16_read_only(input + from));
+    store_16(output + static_cast<u64>(row) * width + first, load_16(input + from));
 }

@@ -512,6 +512,7 @@ struct Arguments {
 // blocks that take all splits.
 template <class Element, u32 HEAD_DIM, u32 N, u32 GROUPS>
 NIBBLE_DEVICE void attention(const Arguments& arguments) {
+    start_after_previous_kernel();
     Attention<Element, HEAD_DIM, N, GROUPS> block;
     u32 heads = arguments.partials.heads;
     u32 kv_head = block_index_y();
@@ -553,6 +554,7 @@ NIBBLE_DEVICE void attention(const Arguments& arguments) {
 template <class Element, u32 HEAD_DIM>
 NIBBLE_DEVICE void combine(Partials partials, const u32* sequences, u16* output, u32 sequence_count, u32 kv_heads,
                            u32 window, u32 block_columns) {
+    start_after_previous_kernel();
     constexpr u32 WARPS = 8;
     constexpr u32 PARTS = (HEAD_DIM + 31) / 32;
     u32 shared = partials.heads / kv_heads;

@@ -45,7 +45,7 @@ NIBBLE_DEVICE float load_vector(Vector& vector, float sum, u16* residual, const 
     vector.weight = load_16_read_only(weight);
     Words4& words = vector.residual;
     if (addend) {
-        Words4 added = load_16_read_only(addend);
+        Words4 added = load_16(addend);
         words.x = add_rounded<Element>(words.x, added.x);
         words.y = add_rounded<Element>(words.y, added.y);
         words.z = add_rounded<Element>(words.z, added.z);
@@ -82,6 +82,7 @@ NIBBLE_DEVICE float norm_factor(float sum, u32 width, float epsilon) {
 template <class Element>
 NIBBLE_DEVICE void norm_by_warps(u16* residual, const u16* addend, const u16* weight, u16* output, u32 rows, u32 width,
                                  float epsilon) {
+    start_after_previous_kernel();
     u32 row = block_index_x() * WARP_ROWS + thread_index() / 32;
     if (row >= rows) return;
     u32 first = thread_index() % 32 * 8;
@@ -99,6 +100,7 @@ NIBBLE_DEVICE void norm_by_warps(u16* residual, const u16* addend, const u16* we
 template <class Element, u32 vectors>
 NIBBLE_DEVICE void norm_by_block(u16* residual, const u16* addend, const u16* weight, u16* output, u32 threads,
                                  u32 width, float epsilon) {
+    start_after_previous_kernel();
     float* partial_sums = reinterpret_cast<float*>(shared_memory());
     u64 start = static_cast<u64>(block_index_x()) * width;
     residual += start;

@@ -25,6 +25,7 @@ template <class Element>
 NIBBLE_DEVICE void rotary_embedding(u16* query, u16* key, const u16* value, const u16* cosines, const u16* sines,
                                     const u32* positions, const u32* slots, u16* key_cache, u16* value_cache, u32 heads,
                                     u32 kv_heads, u32 head_dim) {
+    start_after_previous_kernel();
     u32 half = head_dim / 2, vectors = half / 8;
     u32 row = block_index_x();
     u32 index = block_index_y() * THREADS + thread_index();

@@ -19,10 +19,11 @@ NIBBLE_DEVICE u32 gated_word(u32 gate, u32 up) {
 
 template <class Element>
 NIBBLE_DEVICE void silu_mul(const u16* gate, const u16* up, u16* output, u32 elements) {
+    start_after_previous_kernel();
     u32 first = (block_index_x() * THREADS + thread_index()) * 8;
     if (first >= elements) return;
     if (elements - first >= 8) {
-        Words4 gates = load_16_read_only(gate + first), ups = load_16_read_only(up + first), words;
+        Words4 gates = load_16(gate + first), ups = load_16(up + first), words;
         words.x = gated_word<Element>(gates.x, ups.x);
         words.y = gated_word<Element>(gates.y, ups.y);
         words.z = gated_word<Element>(gates.z, ups.z);

@@ -1,7 +1,7 @@
 //! What every device must show: the product with weights that may each be rounded once, and rows that do not depend on
 //! others.
 
-use super::{Args, W4a16Matmul, reference};
+use super::{Args, Product, W4a16Matmul, reference};
 use crate::check::{Checker, random};
 use crate::error::KernelError;
 use crate::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
@@ -51,13 +51,8 @@ pub(crate) fn check<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), 
             let with_bias = rows > 1 && rows % 8 == 1;
             let mut output = checker.output(rows * outputs)?;
             let bias = with_bias.then_some(&bias);
-            checker.device.w4a16_matmul(Args {
-                input: &input,
-                weight: &weight,
-                bias,
-                output: &mut output,
-                rows,
-            })?;
+            let products = &mut [Product { weight: &weight, bias, output: &mut output }];
+            checker.device.w4a16_matmul(Args { input: &input, products, rows })?;
             let found = checker.values(&output, rows * outputs)?;
             let name = format!(
                 "{rows} x {outputs} x {inputs}, groups of {}{}{}",
@@ -79,6 +74,48 @@ pub(crate) fn check<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), 
                     checker.same_bits(NAME, format!("{name}: as of 300"), &found, &whole[..found.len()]);
                 }
                 _ => {}
+            }
+        }
+    }
+    check_together(checker)
+}
+
+/// Query, key and value of 8192 inputs, in one operation.
+fn check_together<D: W4a16Matmul>(checker: &mut Checker<'_, D>) -> Result<(), KernelError> {
+    const INPUTS: usize = 8192;
+    const OUTPUTS: [usize; 3] = [8192, 1024, 1000];
+    let mut matrices = Vec::new();
+    let mut weights = Vec::new();
+    for outputs in OUTPUTS {
+        let matrix = matrix(checker, &case(outputs, INPUTS, 128, true))?;
+        weights.push(checker.device.pack_quantized("weight", &matrix)?);
+        let compared: Vec<usize> = (0..outputs).step_by(outputs.div_ceil(COMPARED)).collect();
+        matrices.push((select(&matrix, &compared)?, compared));
+    }
+    let (input, values) = checker.input(&random(ROWS[0] * INPUTS, 2))?;
+    let mut whole = [const { Vec::new() }; 3];
+    for rows in [300, 65, 16, 1] {
+        let outputs = OUTPUTS.map(|outputs| checker.output(rows * outputs));
+        let mut outputs = outputs.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let products = weights.iter().zip(&mut outputs);
+        let mut products: Vec<_> =
+            products.map(|(weight, output)| Product { weight, bias: None, output }).collect();
+        checker.device.w4a16_matmul(Args { input: &input, products: &mut products, rows })?;
+        for (index, (some, compared)) in matrices.iter().enumerate() {
+            let width = OUTPUTS[index];
+            let found = checker.values(&outputs[index], rows * width)?;
+            let name = format!("{rows} x {width} x {INPUTS}, with others");
+            let expected = reference::w4a16_matmul(&values[..rows * INPUTS], some, None);
+            let pick = |row: &[f32]| compared.iter().map(|&output| row[output]).collect::<Vec<_>>();
+            let picked: Vec<f32> = found.chunks_exact(width).flat_map(pick).collect();
+            let roundoff = checker.roundoff;
+            let allowed = |expected: f32| 1.05 * roundoff * expected.abs() + 4.0 * roundoff + 1e-5;
+            checker.compare(NAME, name.clone(), (&picked, &expected), allowed);
+            if rows == ROWS[0] {
+                whole[index] = found;
+            } else {
+                let same = &whole[index][..found.len()];
+                checker.same_bits(NAME, format!("{name}: as of 300"), &found, same);
             }
         }
     }

@@ -3,7 +3,7 @@
 use arrayvec::ArrayVec;
 
 use super::layout::{STEP_INPUTS, TILE_OUTPUTS, packed_groups};
-use super::{Args, W4a16Matmul};
+use super::{Args, Product, W4a16Matmul};
 use crate::backend::MatrixShape;
 use crate::device::cuda::driver::{Address, Argument, Launch, Properties, Source};
 use crate::device::cuda::{Cuda, CudaBuffer, CudaPackedMatrix, Element, WORKSPACE_BYTES};
@@ -82,21 +82,31 @@ fn source(element: Element, group_size: usize, zero_points: bool) -> Source {
     SOURCES[element + group + usize::from(zero_points)]
 }
 
-/// A product's sizes and addresses.
+/// Most matrices of a launch.
+const MOST_MATRICES: usize = 3;
+
+/// A matrix's size and addresses, and those of its product.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Product {
-    pub(crate) element: Element,
-    pub(crate) input: Address,
+pub(crate) struct Matrix {
     pub(crate) codes: Address,
     pub(crate) scales: Address,
-    /// Absent when all are 8.
-    pub(crate) zero_points: Option<Address>,
+    pub(crate) zero_points: Address,
     pub(crate) bias: Option<Address>,
     pub(crate) output: Address,
-    pub(crate) rows: usize,
     pub(crate) out_features: usize,
+}
+
+/// The products of one launch: matrices of the same inputs, groups and kind.
+#[derive(Clone, Debug)]
+pub(crate) struct Products {
+    pub(crate) element: Element,
+    pub(crate) input: Address,
+    pub(crate) matrices: ArrayVec<Matrix, MOST_MATRICES>,
+    pub(crate) rows: usize,
     pub(crate) in_features: usize,
     pub(crate) group_size: usize,
+    /// Without, all are 8.
+    pub(crate) zero_points: bool,
 }
 
 /// How a product is cut into blocks.
@@ -116,13 +126,19 @@ pub(crate) struct Plan {
     pub(crate) counters: usize,
 }
 
-impl Product {
+impl Matrix {
+    fn tiles(&self) -> usize {
+        self.out_features.div_ceil(TILE_OUTPUTS)
+    }
+}
+
+impl Products {
     fn steps(&self) -> usize {
         self.in_features.div_ceil(STEP_INPUTS)
     }
 
     fn tiles(&self) -> usize {
-        self.out_features.div_ceil(TILE_OUTPUTS)
+        self.matrices.iter().map(Matrix::tiles).sum()
     }
 
     fn groups_per_step(&self) -> usize {
@@ -133,7 +149,7 @@ impl Product {
     fn stages(&self, rows: usize, device: &Properties) -> (usize, usize) {
         let activations = rows * STEP_INPUTS * 2;
         let codes = TILE_OUTPUTS * STEP_INPUTS / 2;
-        let scale = if self.zero_points.is_some() { 3 } else { 2 };
+        let scale = if self.zero_points { 3 } else { 2 };
         let factors = TILE_OUTPUTS * self.groups_per_step() * scale;
         let bytes = (activations + codes + factors).next_multiple_of(1024);
         let limit = match device.compute_capability {
@@ -151,10 +167,12 @@ impl Product {
 
     /// The first `rows` rows, or all that are left; what remains are those after them.
     fn split_off(&mut self, rows: usize) -> Self {
-        let first = Self { rows: rows.min(self.rows), ..*self };
+        let first = Self { rows: rows.min(self.rows), ..self.clone() };
         let after = |features: usize| (first.rows * features * self.element.bytes()) as Address;
         self.input += after(self.in_features);
-        self.output += after(self.out_features);
+        for (matrix, before) in self.matrices.iter_mut().zip(&first.matrices) {
+            matrix.output += after(before.out_features);
+        }
         self.rows -= first.rows;
         first
     }
@@ -215,43 +233,54 @@ impl Product {
         partial_sums: Address,
         arrivals: Address,
     ) -> Result<Launch, KernelError> {
-        let number = |argument, value| Ok(Argument::U32(word(NAME, argument, value)?));
+        let number = |argument, value| Ok::<_, KernelError>(Argument::U32(word(NAME, argument, value)?));
+        let mut arguments = ArrayVec::from_iter([
+            Argument::Address(self.input),
+            Argument::Address(partial_sums),
+            Argument::Address(arrivals),
+            number("rows", self.rows)?,
+            number("in_features", self.in_features)?,
+            number("in_features", self.steps())?,
+            number("out_features", self.tiles())?,
+            number("group_size", packed_groups(self.in_features, self.group_size))?,
+            number("group_size", (self.group_size / STEP_INPUTS).max(1))?,
+            Argument::U32(plan.share),
+        ]);
+        let mut first_tile = 0;
+        for index in 0..MOST_MATRICES {
+            let matrix = self.matrices.get(index);
+            let address = |part: fn(&Matrix) -> Address| Argument::Address(matrix.map_or(0, part));
+            let weights = |part: fn(&Matrix) -> Address| Argument::Weights(matrix.map_or(0, part));
+            arguments.extend([
+                weights(|matrix| matrix.codes),
+                weights(|matrix| matrix.scales),
+                weights(|matrix| matrix.zero_points),
+                address(|matrix| matrix.bias.unwrap_or(0)),
+                address(|matrix| matrix.output),
+                number("out_features", matrix.map_or(0, |matrix| matrix.out_features))?,
+                number("out_features", first_tile)?,
+            ]);
+            first_tile += matrix.map_or(0, Matrix::tiles);
+        }
         Ok(Launch {
-            source: source(self.element, self.group_size, self.zero_points.is_some()),
+            source: source(self.element, self.group_size, self.zero_points),
             kernel: plan.kernel,
             grid: plan.grid,
             block: THREADS,
             shared_bytes: plan.shared_bytes,
-            arguments: ArrayVec::from_iter([
-                Argument::Address(self.input),
-                Argument::Address(self.codes),
-                Argument::Address(self.scales),
-                Argument::Address(self.zero_points.unwrap_or(0)),
-                Argument::Address(self.bias.unwrap_or(0)),
-                Argument::Address(self.output),
-                Argument::Address(partial_sums),
-                Argument::Address(arrivals),
-                number("rows", self.rows)?,
-                number("out_features", self.out_features)?,
-                number("in_features", self.in_features)?,
-                number("in_features", self.steps())?,
-                number("out_features", self.tiles())?,
-                number("group_size", packed_groups(self.in_features, self.group_size))?,
-                number("group_size", (self.group_size / STEP_INPUTS).max(1))?,
-                Argument::U32(plan.share),
-            ]),
+            arguments,
         })
     }
 }
 
 /// Copies columns of `rows` rows into the order in which the weight's groups are stored.
 fn permutation_launch(
-    product: &Product,
+    product: &Products,
     permutation: Address,
     permuted: Address,
 ) -> Result<Launch, KernelError> {
     Ok(Launch {
-        source: source(product.element, product.group_size, product.zero_points.is_some()),
+        source: source(product.element, product.group_size, product.zero_points),
         kernel: "w4a16_permute_inputs",
         grid: [
             word(NAME, "in_features", product.in_features.div_ceil(THREADS as usize))?,
@@ -270,42 +299,68 @@ fn permutation_launch(
 }
 
 impl W4a16Matmul for Cuda {
-    fn w4a16_matmul(&self, args: Args<'_, CudaBuffer, CudaPackedMatrix>) -> Result<(), KernelError> {
+    fn w4a16_matmul(&self, args: Args<'_, '_, CudaBuffer, CudaPackedMatrix>) -> Result<(), KernelError> {
         args.check()?;
-        let weight = args.weight;
-        let product = Product {
-            element: self.element(),
-            input: args.input.address(),
-            codes: weight.codes.address(),
-            scales: weight.scales.address(),
-            zero_points: (weight.zero_points.bytes() > 0).then(|| weight.zero_points.address()),
-            bias: args.bias.map(CudaBuffer::address),
-            output: args.output.address(),
-            rows: args.rows,
-            out_features: weight.out_features(),
-            in_features: weight.in_features(),
-            group_size: weight.group_size,
-        };
-        let Some(permutation) = &weight.permutation else {
-            return submit(self, product);
-        };
-        // As many rows at once as the workspace holds: a row's bits do not depend on the others.
-        let permuted = self.workspace(WORKSPACE_BYTES)? + PARTIAL_SUM_BYTES as Address;
-        let most = (WORKSPACE_BYTES - PARTIAL_SUM_BYTES) / (product.in_features * product.element.bytes());
-        KernelError::require(most > 0, NAME, "in_features", product.in_features, "must be at most 8388608")?;
-        let mut rest = product;
-        while rest.rows > 0 {
-            let part = rest.split_off(most.min(MAX_GRID_Y));
-            self.submit(&permutation_launch(&part, permutation.address(), permuted)?)?;
-            submit(self, Product { input: permuted, ..part })?;
+        let Args { input, products, rows } = args;
+        for alike in products.chunk_by(|a, b| go_together(a.weight, b.weight)) {
+            for together in alike.chunks(MOST_MATRICES) {
+                multiply(self, input, together, rows)?;
+            }
         }
         Ok(())
     }
 }
 
-/// Submits a product, in several launches when the workspace does not hold the partial sums of one.
-fn submit(cuda: &Cuda, product: Product) -> Result<(), KernelError> {
-    let mut rest = product;
+/// Whether one launch can do the products of both weights, which have the same inputs.
+fn go_together(first: &CudaPackedMatrix, second: &CudaPackedMatrix) -> bool {
+    let is_permuted = first.permutation.is_some() || second.permutation.is_some();
+    let kind = |matrix: &CudaPackedMatrix| (matrix.group_size, matrix.zero_points.bytes() > 0);
+    !is_permuted && kind(first) == kind(second)
+}
+
+/// Multiplies by up to [`MOST_MATRICES`] weights that [`go_together`].
+fn multiply(
+    cuda: &Cuda,
+    input: &CudaBuffer,
+    products: &[Product<'_, CudaBuffer, CudaPackedMatrix>],
+    rows: usize,
+) -> Result<(), KernelError> {
+    let Some(Product { weight, .. }) = products.first() else { return Ok(()) };
+    let matrix = |product: &Product<'_, CudaBuffer, CudaPackedMatrix>| Matrix {
+        codes: product.weight.codes.address(),
+        scales: product.weight.scales.address(),
+        zero_points: product.weight.zero_points.address(),
+        bias: product.bias.map(CudaBuffer::address),
+        output: product.output.address(),
+        out_features: product.weight.out_features(),
+    };
+    let mut rest = Products {
+        element: cuda.element(),
+        input: input.address(),
+        matrices: products.iter().map(matrix).collect(),
+        rows,
+        in_features: weight.in_features(),
+        group_size: weight.group_size,
+        zero_points: weight.zero_points.bytes() > 0,
+    };
+    let Some(permutation) = &weight.permutation else {
+        return submit(cuda, rest);
+    };
+    // As many rows at once as the workspace holds: a row's bits do not depend on the others.
+    let permuted = cuda.workspace(WORKSPACE_BYTES)? + PARTIAL_SUM_BYTES as Address;
+    let most = (WORKSPACE_BYTES - PARTIAL_SUM_BYTES) / (rest.in_features * rest.element.bytes());
+    KernelError::require(most > 0, NAME, "in_features", rest.in_features, "must be at most 8388608")?;
+    while rest.rows > 0 {
+        let part = rest.split_off(most.min(MAX_GRID_Y));
+        cuda.submit(&permutation_launch(&part, permutation.address(), permuted)?)?;
+        submit(cuda, Products { input: permuted, ..part })?;
+    }
+    Ok(())
+}
+
+/// Submits products, in several launches when the workspace does not hold the partial sums of one.
+fn submit(cuda: &Cuda, products: Products) -> Result<(), KernelError> {
+    let mut rest = products;
     while rest.rows > 0 {
         let plan = rest.plan(cuda.properties());
         let part = rest.split_off(plan.rows);
@@ -328,19 +383,19 @@ mod tests {
         }
     }
 
-    fn product(rows: usize, out_features: usize, in_features: usize, group_size: usize) -> Product {
-        Product {
+    fn matrix(out_features: usize) -> Matrix {
+        Matrix { codes: 0, scales: 0, zero_points: 0, bias: None, output: 0, out_features }
+    }
+
+    fn product(rows: usize, out_features: usize, in_features: usize, group_size: usize) -> Products {
+        Products {
             element: Element::F16,
             input: 0,
-            codes: 0,
-            scales: 0,
-            zero_points: (group_size == 32).then_some(0),
-            bias: None,
-            output: 0,
+            matrices: ArrayVec::from_iter([matrix(out_features)]),
             rows,
-            out_features,
             in_features,
             group_size,
+            zero_points: group_size == 32,
         }
     }
 
@@ -381,6 +436,21 @@ mod tests {
                 assert_eq!(product(rows, outputs, inputs, 128).plan(&device).share, share);
             }
         }
+    }
+
+    #[test]
+    fn matrices_of_a_launch_share_the_multiprocessors() {
+        let device = device(132, (9, 0), 227);
+        let mut products = product(1, 8192, 8192, 128);
+        products.matrices.extend([matrix(1000), matrix(1024)]);
+        let plan = products.plan(&device);
+        assert_eq!((plan.grid, plan.counters), ([128, 1, 1], 40));
+        let launch = products.launch(&plan, 0, 0).unwrap();
+        let numbers = |index: usize| launch.arguments[10 + 7 * index + 5..][..2].to_vec();
+        let words = |values: [u32; 2]| values.map(Argument::U32).to_vec();
+        assert_eq!(numbers(0), words([8192, 0]));
+        assert_eq!(numbers(1), words([1000, 32]));
+        assert_eq!(numbers(2), words([1024, 36]));
     }
 
     #[test]

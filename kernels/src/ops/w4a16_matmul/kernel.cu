@@ -3,6 +3,9 @@
 //
 //   output[m, n] = sum over k of input[m, k] * (codes[n, k] - zero_points[n, g(k)]) * scales[n, g(k)] + bias[n]
 //
+// for one matrix or several with the same inputs (query, key and value), whose tiles are counted one matrix after the
+// other.
+//
 // Plan. The weights are the 16-row operand of mma.m16n8k16 and the activations its 8-column operand, so that a batch
 // of 8 wastes no tensor work. A block has 8 warps; a tile is 256 outputs, 32 a warp, times `rows` activation rows
 // (8, 16, 32, 64 or 128), and walks along K in steps of 128 inputs. Every warp dequantizes its own weights, once.
@@ -25,6 +28,8 @@
 // the first within a part, and so are its parts. Two forms do this: `stream`, one block a worker, for batches that are
 // bound by the weights' bytes; and `tiles`, one block an output tile, which adds the same parts one after the other,
 // for large batches.
+//
+// The first stages' weights are copied before the kernel before has ended: the start of a launch costs less.
 //
 // Bytes of a step: 16 KiB of codes (+ 3 % scales) from memory, 256 * rows of activations from the L2 cache. Limit up
 // to about 50 rows on an A100: memory. Beyond: tensor cores.
@@ -51,21 +56,41 @@ constexpr u32 shared_limit = 227 * 1024;
 constexpr u32 shared_limit = 163 * 1024;
 #endif
 
-struct Arguments {
-    const u16* input;          // [m, k]
+struct Matrix {
     const u8* codes;           // [strip][step][4][lane][16 bytes]
     const u16* scales;         // [strip][group][32]
     const u8* zero_points;     // [strip][group][32]
     const u16* bias;           // [n], or null
     u16* output;               // [m, n]
+    u32 n;
+    u32 first_tile;            // tiles of the matrices before it
+};
+
+struct Arguments {
+    const u16* input;          // [m, k]
     float* partial_sums;       // [row block][worker][fragment][thread][4]; for `tiles` [block][fragment][thread][4]
     u32* arrivals;             // [row block][tile], zero before and after
-    u32 m, n, k;
+    u32 m, k;
     u32 steps;                 // k / 128, rounded up
-    u32 tiles;                 // n / 256, rounded up
+    u32 tiles;                 // n / 256, rounded up, of all matrices
     u32 groups;                // groups of a strip
     u32 steps_per_group;       // for groups above 128 inputs, else 1
     u32 share;                 // (tile, step) pairs of a worker
+    Matrix first, second, third;  // where there are fewer, those missing begin behind the last tile
+
+    // The matrix that a tile belongs to. Picked field by field: the arguments lie in constant memory.
+    NIBBLE_DEVICE Matrix matrix_of(u32 tile) const {
+        const bool is_third = tile >= third.first_tile, is_second = tile >= second.first_tile;
+        return Matrix{
+            is_third ? third.codes : is_second ? second.codes : first.codes,
+            is_third ? third.scales : is_second ? second.scales : first.scales,
+            is_third ? third.zero_points : is_second ? second.zero_points : first.zero_points,
+            is_third ? third.bias : is_second ? second.bias : first.bias,
+            is_third ? third.output : is_second ? second.output : first.output,
+            is_third ? third.n : is_second ? second.n : first.n,
+            is_third ? third.first_tile : is_second ? second.first_tile : first.first_tile,
+        };
+    }
 };
 
 template <u32 rows>
@@ -151,8 +176,8 @@ struct Dequantizer<BF16> {
     }
 };
 
-// Where the copies of a thread come from and go to. Everything lies in the order in which it is walked, so pointers
-// only move on.
+// Where the copies of a thread come from and go to. A tile lies in the order in which it is walked, so pointers only
+// move on.
 template <u32 rows>
 struct Loader {
     using F = Form<rows>;
@@ -169,14 +194,15 @@ struct Loader {
     u32 to_codes, to_factors, to_activations;  // offsets in a stage
     u32 valid_chunks;          // this thread's chunks whose row exists, one after the other from the first
     u32 first_input;           // of the step to come, of this thread's chunk
+    u32 tile;
     u32 step;                  // steps of the tile that are to come
     u32 steps_of_group;        // that are still to come
 
     // Begins with the step before `steps` of `tile`.
     NIBBLE_DEVICE Loader(const Arguments& arguments, u32 row_start, u32 tile, u32 steps)
-        : arguments(arguments), step(steps) {
+        : arguments(arguments), tile(tile), step(steps) {
         const u32 first = steps - 1;
-        const u32 thread = thread_index(), lane = thread % 32, warp = thread / 32;
+        const u32 thread = thread_index();
         const u32 row = thread / 16, chunk = thread % 16;
         const u32 row_in_matrix = row_start + row;
         const bool has_rows = row_in_matrix < arguments.m && (rows >= rows_at_once || row < rows);
@@ -186,8 +212,16 @@ struct Loader {
                       (static_cast<u64>(row_in_matrix) * arguments.k + first_input) * 2;
         to_activations = (chunk / 8) * (rows * 128) + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
 
-        const u64 strip = tile * warps + warp;
-        codes = arguments.codes + (strip * arguments.steps + first) * strip_step_bytes + lane * 16;
+        enter_weights();
+    }
+
+    // Goes to the weights of the last of the tile's steps that are to come.
+    NIBBLE_DEVICE void enter_weights() {
+        const u32 first = step - 1;
+        const u32 lane = thread_index() % 32, warp = thread_index() / 32;
+        const Matrix matrix = arguments.matrix_of(tile);
+        const u64 strip = (tile - matrix.first_tile) * warps + warp;
+        codes = matrix.codes + (strip * arguments.steps + first) * strip_step_bytes + lane * 16;
         to_codes = F::activation_bytes + warp * strip_step_bytes + lane * 16;
 
         const u32 group = first / arguments.steps_per_group * groups_per_step;
@@ -196,21 +230,29 @@ struct Loader {
         if (HAS_ZERO_POINTS && lane >= scale_lanes) {
             const u32 at = (lane - scale_lanes) * 16;
             strip_factor_bytes = strip_zero_bytes;
-            factors = arguments.zero_points + first_group * strip_zero_bytes + at;
+            factors = matrix.zero_points + first_group * strip_zero_bytes + at;
             to_factors = F::activation_bytes + F::weight_bytes + F::scale_bytes + warp * (zero_lanes * 16) + at;
         } else {
             strip_factor_bytes = strip_scale_bytes;
-            factors = reinterpret_cast<const u8*>(arguments.scales) + first_group * strip_scale_bytes + lane * 16;
+            factors = reinterpret_cast<const u8*>(matrix.scales) + first_group * strip_scale_bytes + lane * 16;
             to_factors = F::activation_bytes + F::weight_bytes + warp * (scale_lanes * 16) + lane * 16;
         }
     }
 
     // Starts a quarter of the copies of one step into `stage`.
     NIBBLE_DEVICE void load_part(u8* stage, u32 part) const {
+        load_weights(stage, part);
+        load_activations(stage, part);
+    }
+
+    NIBBLE_DEVICE void load_weights(u8* stage, u32 part) const {
         async_copy_16(stage + to_codes + part * 512, codes + part * 512);
         if (part == 0 && thread_index() % 32 < scale_lanes + zero_lanes) {
             async_copy_16(stage + to_factors, factors);
         }
+    }
+
+    NIBBLE_DEVICE void load_activations(u8* stage, u32 part) const {
         if (rows >= rows_at_once || thread_index() < rows * 16) {
             const u32 chunks_to_read = first_input < arguments.k ? valid_chunks : 0;
 #pragma unroll
@@ -237,23 +279,19 @@ struct Loader {
 
     // Moves on to the last step of the tile before, once all of this tile's are under way.
     NIBBLE_DEVICE void enter_tile_before() {
+        --tile;
         step = arguments.steps;
-        steps_of_group = (step - 1) % arguments.steps_per_group + 1;
         first_input += step * step_inputs;
         activations += static_cast<u64>(step) * (step_inputs * 2);
-        codes -= static_cast<u64>(warps - 1) * step * strip_step_bytes;
-        factors -= static_cast<u64>(warps - 1) * arguments.groups * strip_factor_bytes;
+        enter_weights();
     }
 
-    // Starts the copies of a step, of any tile.
-    NIBBLE_DEVICE void load(u8* stage) {
+    // Moves on to the step before, of any tile.
+    NIBBLE_DEVICE void advance_over_tiles() {
+        advance();
         if (step == 0) {
             enter_tile_before();
         }
-        for (u32 part = 0; part < 4; ++part) {
-            load_part(stage, part);
-        }
-        advance();
     }
 };
 
@@ -446,11 +484,12 @@ template <class Element, u32 rows>
 NIBBLE_DEVICE void write_output(const Arguments& arguments, const Sums<rows>& sums, u32 row_start,
                                 u32 tile) {
     const u32 lane = thread_index() % 32, warp = thread_index() / 32;
-    const u32 output = tile * tile_outputs + warp * strip_outputs + lane / 4 * 4;
+    const Matrix matrix = arguments.matrix_of(tile);
+    const u32 output = (tile - matrix.first_tile) * tile_outputs + warp * strip_outputs + lane / 4 * 4;
     float bias[4] = {};
-    if (arguments.bias != nullptr) {
+    if (matrix.bias != nullptr) {
         for (u32 i = 0; i < 4; ++i) {
-            bias[i] = output + i < arguments.n ? Element::to_float(arguments.bias[output + i]) : 0.0f;
+            bias[i] = output + i < matrix.n ? Element::to_float(matrix.bias[output + i]) : 0.0f;
         }
     }
     for (u32 column = 0; column < rows / 8; ++column) {
@@ -461,12 +500,12 @@ NIBBLE_DEVICE void write_output(const Arguments& arguments, const Sums<rows>& su
             }
             const float values[4] = {sums[0][column][side] + bias[0], sums[0][column][side + 2] + bias[1],
                                      sums[1][column][side] + bias[2], sums[1][column][side + 2] + bias[3]};
-            u16* to = arguments.output + static_cast<u64>(row) * arguments.n + output;
-            if (output + 4 <= arguments.n && arguments.n % 4 == 0) {
+            u16* to = matrix.output + static_cast<u64>(row) * matrix.n + output;
+            if (output + 4 <= matrix.n && matrix.n % 4 == 0) {
                 store_8(to, Words2{Element::pack(values[0], values[1]), Element::pack(values[2], values[3])});
             } else {
                 for (u32 i = 0; i < 4; ++i) {
-                    if (output + i < arguments.n) {
+                    if (output + i < matrix.n) {
                         to[i] = Element::from_float(values[i]);
                     }
                 }
@@ -564,14 +603,30 @@ struct Pipeline {
     u8* const shared;
     u32 stage, load_stage;
 
-    // Walks over `count` steps, from step `steps - 1` of `tile` on.
+    // Walks over `count` steps, from step `steps - 1` of `tile` on. The first weights are under way before the kernel
+    // before has ended, whose output the activations are.
     NIBBLE_DEVICE Pipeline(const Arguments& arguments, u32 row_start, u32 tile, u32 steps, u32 count)
         : loader(arguments, row_start, tile, steps), to_load(count), shared(shared_memory()), stage(0),
           load_stage(F::ahead) {
+        const u32 first = count < F::ahead ? count : F::ahead;
+        Loader<rows> weights = loader;
+        for (u32 ahead = 0; ahead < first; ++ahead) {
+            for (u32 part = 0; part < 4; ++part) {
+                weights.load_weights(shared + ahead * F::stage_bytes, part);
+            }
+            if (ahead + 1 < first) {
+                weights.advance_over_tiles();
+            }
+        }
+        wait_for_previous_kernel();
         for (u32 ahead = 0; ahead < F::ahead; ++ahead) {
-            if (to_load > 0) {
-                --to_load;
-                loader.load(shared + ahead * F::stage_bytes);
+            if (ahead < first) {
+                for (u32 part = 0; part < 4; ++part) {
+                    loader.load_activations(shared + ahead * F::stage_bytes, part);
+                }
+                if (--to_load > 0) {
+                    loader.advance_over_tiles();
+                }
             }
             async_commit();
         }
@@ -606,6 +661,7 @@ struct Pipeline {
 // One block a worker and row block: grid (workers, row blocks).
 template <class Element, u32 rows>
 NIBBLE_DEVICE void stream(const Arguments& arguments) {
+    let_next_kernel_start();
     const u32 units = arguments.tiles * arguments.steps;
     const u32 start = block_index_x() * arguments.share;
     const u32 row_start = block_index_y() * rows;
@@ -637,6 +693,7 @@ NIBBLE_DEVICE void stream(const Arguments& arguments) {
 // that blocks that run at the same time share its weights in the L2 cache.
 template <class Element, u32 rows>
 NIBBLE_DEVICE void tiles(const Arguments& arguments) {
+    let_next_kernel_start();
     const u32 row_blocks = (arguments.m + rows - 1) / rows;
     float* const totals = arguments.partial_sums + static_cast<u64>(block_index_x()) * slot_floats<rows>;
     for (u32 job = block_index_x(); job < row_blocks * arguments.tiles; job += grid_size_x()) {
@@ -664,13 +721,18 @@ NIBBLE_DEVICE void tiles(const Arguments& arguments) {
 
 NIBBLE_BLOCKS_START_IN_ORDER
 
+#define W4A16_MATRIX_PARAMETERS(i)                                                                                  \
+    const u8 *codes_##i, const u16 *scales_##i, const u8 *zero_points_##i, const u16 *bias_##i, u16 *output_##i,    \
+        u32 n_##i, u32 first_tile_##i
+#define W4A16_MATRIX(i) \
+    Matrix { codes_##i, scales_##i, zero_points_##i, bias_##i, output_##i, n_##i, first_tile_##i }
 #define W4A16_PARAMETERS                                                                                           \
-    const u16 *input, const u8 *codes, const u16 *scales, const u8 *zero_points, const u16 *bias, u16 *output,     \
-        float *partial_sums, u32 *arrivals, u32 m, u32 n, u32 k, u32 steps, u32 output_tiles, u32 groups,          \
-        u32 steps_per_group, u32 share
+    const u16 *input, float *partial_sums, u32 *arrivals, u32 m, u32 k, u32 steps, u32 output_tiles, u32 groups,   \
+        u32 steps_per_group, u32 share, W4A16_MATRIX_PARAMETERS(1), W4A16_MATRIX_PARAMETERS(2),                    \
+        W4A16_MATRIX_PARAMETERS(3)
 #define W4A16_ARGUMENTS                                                                                            \
-    Arguments{input, codes, scales, zero_points, bias, output, partial_sums, arrivals,                             \
-              m,     n,     k,      steps,       output_tiles, groups, steps_per_group, share}
+    Arguments{input,  partial_sums,    arrivals, m,               k,               steps,          output_tiles,   \
+              groups, steps_per_group, share,    W4A16_MATRIX(1), W4A16_MATRIX(2), W4A16_MATRIX(3)}
 
 NIBBLE_KERNEL(threads, 1) w4a16_stream_8(W4A16_PARAMETERS) { stream<ELEMENT, 8>(W4A16_ARGUMENTS); }
 NIBBLE_KERNEL(threads, 1) w4a16_stream_16(W4A16_PARAMETERS) { stream<ELEMENT, 16>(W4A16_ARGUMENTS); }
@@ -681,6 +743,7 @@ NIBBLE_KERNEL(threads, 1) w4a16_tiles_128(W4A16_PARAMETERS) { tiles<ELEMENT, 128
 
 // permuted[m, p] = input[m, permutation[p]]: grid (inputs / threads, rows).
 NIBBLE_KERNEL(threads, 1) w4a16_permute_inputs(const u16* input, const u32* permutation, u16* permuted, u32 k) {
+    start_after_previous_kernel();
     const u32 position = block_index_x() * threads + thread_index();
     if (position < k) {
         const u64 row = static_cast<u64>(block_index_y()) * k;

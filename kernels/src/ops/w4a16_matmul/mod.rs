@@ -21,39 +21,52 @@ use super::holds;
 use crate::backend::{Device, Length, MatrixShape};
 use crate::error::KernelError;
 
-/// Arguments of [`W4a16Matmul::w4a16_matmul`].
-pub struct Args<'a, Buffer, Matrix> {
+/// Arguments of [`W4a16Matmul::w4a16_matmul`]: one or several products of the same activations, such as query, key and
+/// value. A device may do them all at once; a row's bits then depend on which products are asked for together.
+pub struct Args<'a, 'p, Buffer, Matrix> {
     /// `[rows, in_features]`.
     pub input: &'a Buffer,
+    /// What the activations are multiplied with; all weights have the same `in_features`.
+    pub products: &'p mut [Product<'a, Buffer, Matrix>],
+    /// Number of rows.
+    pub rows: usize,
+}
+
+/// A weight, and where its product goes.
+pub struct Product<'a, Buffer, Matrix> {
     /// `[out_features, in_features]`.
     pub weight: &'a Matrix,
     /// `[out_features]`, for layers that have one.
     pub bias: Option<&'a Buffer>,
     /// `[rows, out_features]`.
     pub output: &'a mut Buffer,
-    /// Number of rows.
-    pub rows: usize,
 }
 
-impl<Buffer: Length, Matrix: MatrixShape> Args<'_, Buffer, Matrix> {
-    /// Checks that the buffers hold the rows.
+impl<Buffer: Length, Matrix: MatrixShape> Args<'_, '_, Buffer, Matrix> {
+    /// Checks that the weights agree and the buffers hold the rows.
     ///
     /// # Errors
-    /// Names the buffer that is too short.
+    /// Names the weight that differs, or the buffer that is too short.
     pub fn check(&self) -> Result<(), KernelError> {
-        holds("w4a16_matmul", "input", self.input, self.rows * self.weight.in_features())?;
-        if let Some(bias) = self.bias {
-            holds("w4a16_matmul", "bias", bias, self.weight.out_features())?;
+        let Some(first) = self.products.first() else { return Ok(()) };
+        let in_features = first.weight.in_features();
+        holds("w4a16_matmul", "input", self.input, self.rows * in_features)?;
+        for Product { weight, bias, output } in &*self.products {
+            KernelError::check("w4a16_matmul", "in_features", weight.in_features(), in_features)?;
+            if let Some(bias) = bias {
+                holds("w4a16_matmul", "bias", *bias, weight.out_features())?;
+            }
+            holds("w4a16_matmul", "output", *output, self.rows * weight.out_features())?;
         }
-        holds("w4a16_matmul", "output", self.output, self.rows * self.weight.out_features())
+        Ok(())
     }
 }
 
 /// The operation of this module.
 pub trait W4a16Matmul: Device {
-    /// Multiplies activations by a weight matrix.
+    /// Multiplies activations by each of the weight matrices.
     ///
     /// # Errors
     /// When [`Args::check`] fails.
-    fn w4a16_matmul(&self, args: Args<'_, Self::Buffer, Self::PackedMatrix>) -> Result<(), KernelError>;
+    fn w4a16_matmul(&self, args: Args<'_, '_, Self::Buffer, Self::PackedMatrix>) -> Result<(), KernelError>;
 }

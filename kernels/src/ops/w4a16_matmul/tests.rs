@@ -1,6 +1,6 @@
 use half::f16;
 
-use super::{Args, W4a16Matmul, reference};
+use super::{Args, Product, W4a16Matmul, reference};
 use crate::backend::{Activations, Device};
 use crate::device::cpu::{Cpu, InstructionSet};
 use crate::tensor::{GroupOffsets, QuantizedMatrix, QuantizedParts};
@@ -61,8 +61,8 @@ fn every_cpu() -> impl Iterator<Item = (InstructionSet, Activations)> {
 fn multiply(cpu: &Cpu, input: &[f32], matrix: &QuantizedMatrix, rows: usize) -> Vec<f32> {
     let weight = cpu.pack_quantized("w", matrix).unwrap();
     let mut output = cpu.buffer(rows * matrix.out_features()).unwrap();
-    let args = Args { input: &upload(cpu, input), weight: &weight, bias: None, output: &mut output, rows };
-    cpu.w4a16_matmul(args).unwrap();
+    let products = &mut [Product { weight: &weight, bias: None, output: &mut output }];
+    cpu.w4a16_matmul(Args { input: &upload(cpu, input), products, rows }).unwrap();
     output.to_vec()
 }
 
@@ -212,4 +212,38 @@ fn a_row_of_zeros_is_the_bias_when_activations_are_rounded() {
     for shape in [shape(33, 64, 32), Shape { offsets: OffsetKind::Minimums, ..shape(33, 64, 32) }] {
         assert!(multiply(&cpu, &[0.0; 64], &matrix(&shape), 1).iter().all(|&value| value == 0.0));
     }
+}
+
+#[test]
+fn products_of_the_same_activations_have_the_bits_of_each_alone() {
+    for (set, activations) in every_cpu() {
+        let cpu = Cpu::with_instruction_set(2, set).with_activations(activations);
+        let matrices = [shape(100, 320, 64), shape(33, 320, 32), Shape { bits: 8, ..shape(64, 320, 64) }];
+        let matrices = matrices.map(|shape| matrix(&shape));
+        for rows in [1, 7, 40] {
+            let input = random(rows * 320, 2);
+            let weights = matrices.each_ref().map(|matrix| cpu.pack_quantized("w", matrix).unwrap());
+            let mut outputs = matrices.each_ref().map(|m| cpu.buffer(rows * m.out_features()).unwrap());
+            let products = weights.iter().zip(&mut outputs);
+            let mut products: Vec<_> =
+                products.map(|(weight, output)| Product { weight, bias: None, output }).collect();
+            cpu.w4a16_matmul(Args { input: &upload(&cpu, &input), products: &mut products, rows }).unwrap();
+            for (output, matrix) in outputs.iter().zip(&matrices) {
+                assert_eq!(output[..], multiply(&cpu, &input, matrix, rows)[..], "{set:?} {rows} rows");
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_other_inputs_are_refused() {
+    let cpu = Cpu::new(1);
+    let weights = [64, 96].map(|inputs| cpu.pack_quantized("w", &matrix(&shape(8, inputs, 32))).unwrap());
+    let mut outputs = [cpu.buffer(8).unwrap(), cpu.buffer(8).unwrap()];
+    let products = weights.iter().zip(&mut outputs);
+    let mut products: Vec<_> =
+        products.map(|(weight, output)| Product { weight, bias: None, output }).collect();
+    let args = Args { input: &cpu.buffer(96).unwrap(), products: &mut products, rows: 1 };
+    let refused = cpu.w4a16_matmul(args).unwrap_err().to_string();
+    assert!(refused.contains("in_features") && refused.contains("96"), "{refused}");
 }

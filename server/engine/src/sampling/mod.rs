@@ -1,7 +1,8 @@
-//! From a row of logits to a token, on the host.
+//! From a row of logits to a token: on the host, or as a request to a device that samples itself.
 
 mod distribution;
 mod exponential;
+pub(crate) mod on_device;
 mod parameters;
 pub(crate) mod random;
 mod sampler;

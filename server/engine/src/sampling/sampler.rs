@@ -132,7 +132,7 @@ impl Scratch {
         let token = match distribution.map(|distribution| choose(row, distribution)) {
             Some(token) => token,
             None if adjusts && Distribution::new(row.logits, 1.0, workspace).is_some() => {
-                allowed.and_then(|allowed| end(row, allowed)).ok_or(SamplingError::NothingLeft)?
+                allowed.and_then(|allowed| end(row, allowed)).ok_or(SamplingError::NothingLeft)? as usize
             }
             None => return Err(SamplingError::NotFinite),
         };
@@ -221,11 +221,10 @@ impl Scratch {
     }
 }
 
-/// The end-of-sequence token of a completion that `allowed` lets end, when nothing else may follow.
-fn end(row: &SamplingRow<'_>, allowed: &TokenMask) -> Option<usize> {
-    let ends = row.stop_tokens.iter().filter(|&token| !row.parameters.stop_token_ids.contains(token));
-    let allowed = ends.map(|&token| token as usize).filter(|&token| allowed.allows(token as u32));
-    allowed.max_by(|&a, &b| row.logits[a].total_cmp(&row.logits[b]))
+/// The first end-of-sequence token of a completion that `allowed` lets end, when nothing else may follow.
+pub(super) fn end(row: &SamplingRow<'_>, allowed: &TokenMask) -> Option<u32> {
+    let mut ends = row.stop_tokens.iter().copied();
+    ends.find(|&token| allowed.allows(token) && !row.parameters.stop_token_ids.contains(&token))
 }
 
 /// The token to take from a distribution.
