@@ -64,7 +64,7 @@ pub(super) fn request(row: &LogitRow<'_>, vocabulary: usize) -> Result<sample::R
             let parameters = row.parameters;
             let (tokens, changes) = (allowed_tokens(row, allowed, vocabulary), adjustments(row, allowed));
             if let Some(end) = allowed.and_then(|allowed| end(row, allowed))
-                && !leaves_any(tokens.as_deref().unwrap_or_default(), &changes)
+                && !leaves_any(tokens.as_deref().unwrap_or_default(), &changes, vocabulary)
             {
                 return Ok(sample::Row { wanted: Wanted::Known(end), logprobs: parameters.logprobs });
             }
@@ -107,12 +107,12 @@ fn allowed_tokens(
     }
 }
 
-/// Whether a token of the mask `words` has a logit that `changes` leave finite.
-fn leaves_any(words: &[u32], changes: &[Adjustment]) -> bool {
-    let mask = TokenMask::from_words(words.to_vec());
+/// Whether a token below `vocabulary` of the mask `words` has a logit that `changes` leave finite.
+fn leaves_any(words: &[u32], changes: &[Adjustment], vocabulary: usize) -> bool {
     let forbidden = changes.iter().filter(|change| change.bias == f32::NEG_INFINITY);
-    let forbidden: Vec<u32> = forbidden.map(|change| change.token_id).collect();
-    mask.allows_others_than(&forbidden)
+    let beyond = vocabulary as u32..words.len() as u32 * u32::BITS;
+    let forbidden: Vec<u32> = forbidden.map(|change| change.token_id).chain(beyond).collect();
+    TokenMask::from_words(words.to_vec()).allows_others_than(&forbidden)
 }
 
 /// The logits that bad words, bias, penalties and `min_tokens` change.
