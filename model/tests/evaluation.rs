@@ -10,7 +10,7 @@ use nibble_model::evaluation::{
 use nibble_model::forward::{Batch, Model, Spill, streamed_logits};
 use nibble_tests::tiny_model::{TINY_MODELS, TinyModel, VOCABULARY, tokens};
 
-const WINDOWS: WindowOptions = WindowOptions { window: 40, windows: Some(3) };
+const WINDOWS: WindowOptions = WindowOptions { window: 40, windows: Some(3), context: 0 };
 
 fn write(model: &TinyModel, parent: &Path, name: &str) -> Checkpoint {
     let directory = parent.join(name);
@@ -97,6 +97,32 @@ fn streamed_evaluation_has_the_bits_of_evaluation_with_loaded_models() {
 }
 
 #[test]
+fn what_is_context_only_is_not_scored() {
+    let parent = tempfile::tempdir().expect("a temporary directory");
+    let checkpoint = write(&TINY_MODELS[0], parent.path(), "original");
+    let text = tokens(30, 4);
+    let options = WindowOptions { window: 30, windows: None, context: 12 };
+    let mut model = Model::load(Cpu::new(1), &checkpoint, 30).expect("a valid model");
+    let found = evaluate(&mut model, None, &text, options, &mut |_| ()).expect("scored");
+    let mut cache = model.kv_cache(2).unwrap();
+    let logits = model.forward(&Batch::single(&text, 0, vec![0, 1]), &mut cache).expect("a valid batch");
+    let negative_log_likelihood = |row: usize| {
+        let row_logits = logits.row(row);
+        let total: f64 = row_logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        total.ln() - f64::from(row_logits[text[row + 1] as usize])
+    };
+    let mean = (12..29).map(negative_log_likelihood).sum::<f64>() / 17.0;
+    assert_eq!(found.predicted_tokens, 17);
+    assert!((found.perplexity / mean.exp() - 1.0).abs() < 1e-9, "{} {}", found.perplexity, mean.exp());
+    let spill = Spill { memory_bytes: u64::MAX, directory: parent.path().to_owned() };
+    let streamed = evaluate_streamed(Cpu::new(1), &checkpoint, None, &text, options, &spill, &mut |_| ());
+    assert_eq!(streamed.expect("scored"), found);
+    let nothing = WindowOptions { context: 29, ..options };
+    let error = evaluate(&mut model, None, &text, nothing, &mut |_| ()).expect_err("refused").to_string();
+    assert!(error.contains("29") && error.contains("30"), "{error}");
+}
+
+#[test]
 fn streamed_logits_have_the_bits_of_a_step_of_the_loaded_model() {
     for tiny in &TINY_MODELS {
         let parent = tempfile::tempdir().expect("a temporary directory");
@@ -117,7 +143,7 @@ fn what_cannot_be_scored_is_refused_as_with_loaded_models() {
     let checkpoint = write(&TINY_MODELS[0], parent.path(), "original");
     let spill = Spill { memory_bytes: 0, directory: parent.path().join("missing") };
     let refusal = |text: &[u32], window| -> EvaluationError {
-        let options = WindowOptions { window, windows: None };
+        let options = WindowOptions { window, windows: None, context: 0 };
         evaluate_streamed(Cpu::new(1), &checkpoint, None, text, options, &spill, &mut |_| ())
             .expect_err("refused")
     };
@@ -127,7 +153,7 @@ fn what_cannot_be_scored_is_refused_as_with_loaded_models() {
     assert!(message.contains("cannot create a file for hidden states in"), "{message}");
     assert!(message.contains("missing"), "{message}");
     let spill = Spill { memory_bytes: u64::MAX, ..spill };
-    let options = WindowOptions { window: 4, windows: None };
+    let options = WindowOptions { window: 4, windows: None, context: 0 };
     let text = [VOCABULARY as u32; 4];
     let error = evaluate_streamed(Cpu::new(1), &checkpoint, None, &text, options, &spill, &mut |_| ());
     let message = error.expect_err("refused").to_string();

@@ -30,6 +30,10 @@ pub(crate) struct EvalArguments {
     /// Score the first N windows only.
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
+    /// Do not score the predictions of the first N tokens of a window: half of the window is what llama.cpp's perplexity
+    /// tool does.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    context: usize,
     /// A model to compare with: KL divergence, top-1 agreement, probability difference.
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
@@ -99,7 +103,8 @@ impl Work for Score<'_> {
         open: &dyn Fn() -> anyhow::Result<B>,
     ) -> anyhow::Result<Evaluation> {
         let Self { arguments, checkpoint, reference, tokens } = self;
-        let options = WindowOptions { window: arguments.window, windows: arguments.windows };
+        let EvalArguments { window, windows, context, .. } = *arguments;
+        let options = WindowOptions { window, windows, context };
         let mut bar = Progress::new(format!("scoring {}", arguments.text.display()));
         if arguments.low_memory {
             let spill = spill(&std::env::temp_dir());

@@ -70,14 +70,9 @@ impl QuantizedMatrix {
         KernelError::check(NAME, "codes", parts.codes.len(), out_features * in_features)?;
         KernelError::check(NAME, "scales", parts.scales.len(), out_features * groups)?;
         let levels = 1u32 << bits;
-        if let Some(code) = parts.codes.iter().find(|&&code| u32::from(code) >= levels) {
-            return Err(KernelError::Value {
-                operation: NAME,
-                argument: "codes",
-                found: code.to_string(),
-                requirement: "must be below 2^bits",
-            });
-        }
+        // A search that ends early cannot be vectorized.
+        let largest = parts.codes.iter().fold(0, |largest, &code| code.max(largest));
+        KernelError::require(u32::from(largest) < levels, NAME, "codes", largest, "must be below 2^bits")?;
         match &parts.offsets {
             GroupOffsets::ZeroPoints(zero_points) => {
                 KernelError::check(NAME, "zero_points", zero_points.len(), out_features * groups)?;

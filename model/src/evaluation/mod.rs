@@ -2,7 +2,8 @@
 //!
 //! The protocol, so that figures compare with others: the whole text is tokenized without special tokens and
 //! cut into windows of `window` tokens that do not overlap; a last partial window is dropped; each window is
-//! scored alone, `window - 1` predictions each.
+//! scored alone, `window - 1` predictions each, or those behind the first `context` tokens of it: llama.cpp's perplexity
+//! tool scores the second half of each window.
 //!
 //! ```text
 //! perplexity = exp(mean over predictions of -ln p(token))
@@ -36,6 +37,8 @@ pub struct WindowOptions {
     pub window: usize,
     /// Score the first so many windows only.
     pub windows: Option<usize>,
+    /// Tokens at the start of each window whose predictions are not scored, at most `window - 2`.
+    pub context: usize,
 }
 
 /// What was measured.
@@ -92,6 +95,16 @@ pub enum EvaluationError {
     /// A window without a prediction.
     #[error("a window of {0} tokens has nothing to predict; it must be at least 2")]
     WindowTooSmall(usize),
+    /// Nothing of a window is scored.
+    #[error(
+        "a context of {context} tokens leaves nothing to score in a window of {window}; choose a smaller one"
+    )]
+    ContextTooLarge {
+        /// Tokens that are not scored.
+        context: usize,
+        /// Tokens of a window.
+        window: usize,
+    },
     /// The reference cannot be compared with.
     #[error(
         "the reference has a vocabulary of {reference}, the model one of {model}; they cannot be compared"
@@ -133,7 +146,7 @@ pub fn evaluate<B: Backend>(
                 (Some(reference), Some(cache)) => Some(run(reference, cache, window, first, rows)?),
                 _ => None,
             };
-            for (row, &target) in targets.iter().enumerate() {
+            for (row, &target) in targets.iter().enumerate().skip(options.context.saturating_sub(first)) {
                 sums.add(logits.row(row), reference_logits.as_ref().map(|logits| logits.row(row)), target);
             }
         }
@@ -167,9 +180,12 @@ fn run<B: Backend>(
 impl WindowOptions {
     /// The windows of `tokens` that are scored, at least one.
     fn cut(self, tokens: &[u32]) -> Result<Vec<&[u32]>, EvaluationError> {
-        let Self { window, windows } = self;
+        let Self { window, windows, context } = self;
         if window < 2 {
             return Err(EvaluationError::WindowTooSmall(window));
+        }
+        if context > window - 2 {
+            return Err(EvaluationError::ContextTooLarge { context, window });
         }
         let cut: Vec<_> = tokens.chunks_exact(window).take(windows.unwrap_or(usize::MAX)).collect();
         if cut.is_empty() {

@@ -90,7 +90,8 @@ pub fn evaluate_streamed<B: Backend>(
             for (end, head) in ends.iter_mut().zip([&head, reference_head.as_ref().unwrap_or(&head)]) {
                 logits.push(end.logits(&backend, head, rows.clone())?);
             }
-            for (row, &target) in window[rows.start + 1..=rows.end].iter().enumerate() {
+            let skipped = options.context.saturating_sub(rows.start);
+            for (row, &target) in window[rows.start + 1..=rows.end].iter().enumerate().skip(skipped) {
                 sums.add(logits[0].row(row), logits.get(1).map(|logits| logits.row(row)), target);
             }
         }

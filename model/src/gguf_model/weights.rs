@@ -11,6 +11,8 @@ use crate::checkpoint::LinearWeight;
 use crate::error::CheckpointError;
 use crate::gguf::{BlockGroups, BlockType, GgufTensor};
 
+/// Elements of a matrix that are worth a thread.
+const LEAST_ELEMENTS: usize = 1 << 18;
 const DAMAGED: &str = "the file is damaged: fetch it again";
 
 /// A tensor and how its rows lie.
@@ -161,19 +163,36 @@ fn quantized(
     groups: BlockGroups,
 ) -> Result<QuantizedMatrix, nibble_kernels::KernelError> {
     let (rows, width) = (source.rows, source.width);
-    let of_groups = rows * width / groups.elements;
-    let mut codes = Vec::with_capacity(rows * width);
-    let mut scales = Vec::with_capacity(of_groups);
-    let mut minimums = Vec::with_capacity(if groups.zero_point.is_none() { of_groups } else { 0 });
-    for row in 0..rows {
-        source.block.split(source.row(row), &mut |block_codes, block_scales, block_minimums| {
-            codes.extend_from_slice(block_codes);
-            scales.extend_from_slice(block_scales);
-            if groups.zero_point.is_none() {
-                minimums.extend_from_slice(block_minimums);
+    let of_row = width / groups.elements;
+    let of_groups = rows * of_row;
+    let mut codes = vec![0; rows * width];
+    let mut scales = vec![0.0; of_groups];
+    let mut minimums = vec![0.0; of_groups];
+    // Large matrices of large models: every processor takes some rows.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let rows_each = rows.div_ceil(threads).max(LEAST_ELEMENTS.div_ceil(width.max(1))).max(1);
+    std::thread::scope(|scope| {
+        let codes = codes.chunks_mut((rows_each * width).max(1));
+        let groups = scales.chunks_mut((rows_each * of_row).max(1));
+        let parts = codes.zip(groups.zip(minimums.chunks_mut((rows_each * of_row).max(1))));
+        for (part, (codes, (scales, minimums))) in parts.enumerate() {
+            let read = move || {
+                let (mut codes, mut scales, mut minimums) = (codes, scales, minimums);
+                for row in part * rows_each..rows.min((part + 1) * rows_each) {
+                    source.block.split(source.row(row), &mut |of_block, block_scales, block_minimums| {
+                        put(&mut codes, of_block);
+                        put(&mut scales, block_scales);
+                        put(&mut minimums, block_minimums);
+                    });
+                }
+            };
+            if rows_each < rows {
+                scope.spawn(read);
+            } else {
+                read();
             }
-        });
-    }
+        }
+    });
     QuantizedMatrix::new(QuantizedParts {
         out_features: rows,
         in_features: width,
@@ -187,6 +206,13 @@ fn quantized(
         },
         input_permutation: None,
     })
+}
+
+/// Writes `values` to the start of `to`, which then begins behind them.
+fn put<T: Copy>(to: &mut &mut [T], values: &[T]) {
+    let (first, rest) = std::mem::take(to).split_at_mut(values.len());
+    first.copy_from_slice(values);
+    *to = rest;
 }
 
 /// The elements of `data`, copied where they are not aligned.

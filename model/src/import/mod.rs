@@ -7,8 +7,8 @@
 //! model.safetensors, or shards and an index    decoded blocks, [`weights`]
 //! ```
 //!
-//! What the file holds [`crate::gguf_model`] says. Everything but the elements is checked before the first byte is written, and the directory gets its name when
-//! it is complete. One tensor is in memory at a time.
+//! What the file holds [`crate::gguf_model`] says. Everything but the elements is checked before the first byte is
+//! written, and the directory gets its name when it is complete. One tensor is in memory at a time.
 //!
 //! Quantized blocks are decoded to the nearest value of the chosen float type. A value beyond its range is refused, not
 //! clamped: the model would no longer be the one in the file.

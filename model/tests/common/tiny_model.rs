@@ -33,6 +33,22 @@ pub(crate) fn model(architecture: &str) -> Gguf {
     gguf
 }
 
+/// A llama of this hidden size, whose linear layers, embedding and norms have no weights yet.
+pub(crate) fn without_weights(hidden: usize, heads: usize, kv_heads: usize, layers: usize) -> Gguf {
+    let mut gguf = model("llama");
+    gguf.tensors.clear();
+    for (name, value) in [
+        ("embedding_length", hidden),
+        ("feed_forward_length", hidden),
+        ("block_count", layers),
+        ("attention.head_count", heads),
+        ("attention.head_count_kv", kv_heads),
+    ] {
+        gguf.set(&format!("llama.{name}"), Value::U32(value as u32));
+    }
+    gguf
+}
+
 fn tokenizer(gguf: &mut Gguf) {
     gguf.set("tokenizer.ggml.model", "gpt2".into());
     gguf.set("tokenizer.ggml.pre", "qwen2".into());

@@ -32,7 +32,8 @@ pub(super) fn evaluate_both(
     quantized: &Checkpoint,
     tokens: &[u32],
 ) -> anyhow::Result<Evaluation> {
-    let options = WindowOptions { window: arguments.eval_window, windows: arguments.eval_windows };
+    let options =
+        WindowOptions { window: arguments.eval_window, windows: arguments.eval_windows, context: 0 };
     let (cpu, spill) = (arguments.device.cpu(), spill(quantized.path()));
     let mut bar = Progress::new("perplexity before and after");
     Ok(evaluate_streamed(cpu, quantized, Some(original), tokens, options, &spill, &mut |progress| {

@@ -6,8 +6,10 @@
 
 use half::{bf16, f16};
 
+use super::DisjointSlices;
 use super::aligned::AlignedVec;
 use super::simd::Simd;
+use super::thread_pool::ThreadPool;
 use super::tile::{BrainColumns, Columns, FloatColumns, HalfColumns};
 use crate::tensor::{DenseMatrix, DenseValues};
 
@@ -44,17 +46,26 @@ pub(crate) trait Panels: Sync {
     unsafe fn scale<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32;
 }
 
-/// Stores values in panel order; `value` gives them by their place in a row-major `[out, inputs]`.
-pub(super) fn pack<T: bytemuck::Pod>(out: usize, inputs: usize, value: impl Fn(usize) -> T) -> AlignedVec<T> {
-    let mut packed = AlignedVec::zeroed(out.div_ceil(PANEL_COLUMNS) * PANEL_COLUMNS * inputs);
-    for (panel, block) in packed.chunks_exact_mut(PANEL_COLUMNS * inputs.max(1)).enumerate() {
+/// Stores values in panel order on all threads of `pool`; `value` gives them by output and input.
+pub(super) fn pack<T: bytemuck::Pod + Send>(
+    out: usize,
+    inputs: usize,
+    pool: &ThreadPool,
+    value: impl Fn(usize, usize) -> T + Sync,
+) -> AlignedVec<T> {
+    let (panels, size) = (out.div_ceil(PANEL_COLUMNS), PANEL_COLUMNS * inputs);
+    let mut packed = AlignedVec::zeroed(panels * size);
+    let blocks = DisjointSlices::new(&mut packed);
+    pool.run(panels, &|panel| {
+        // SAFETY: each task has a panel of its own.
+        let block = unsafe { blocks.slice(panel * size..(panel + 1) * size) };
         let first = panel * PANEL_COLUMNS;
         for column in 0..PANEL_COLUMNS.min(out - first) {
-            for input in 0..inputs {
-                block[input * PANEL_COLUMNS + column] = value((first + column) * inputs + input);
+            for (input, row) in block.chunks_exact_mut(PANEL_COLUMNS).enumerate() {
+                row[column] = value(first + column, input);
             }
         }
-    }
+    });
     packed
 }
 
@@ -66,10 +77,11 @@ pub(crate) struct DensePanels<T> {
     values: AlignedVec<T>,
 }
 
-impl<T: bytemuck::Pod> DensePanels<T> {
-    fn new(matrix: &DenseMatrix<'_>, values: &[T]) -> Self {
+impl<T: bytemuck::Pod + Send + Sync> DensePanels<T> {
+    fn new(matrix: &DenseMatrix<'_>, values: &[T], pool: &ThreadPool) -> Self {
         let (out_features, in_features) = (matrix.out_features(), matrix.in_features());
-        Self { out_features, in_features, values: pack(out_features, in_features, |index| values[index]) }
+        let value = |output: usize, input: usize| values[output * in_features + input];
+        Self { out_features, in_features, values: pack(out_features, in_features, pool, value) }
     }
 
     fn weight(&self, output: usize, input: usize) -> T {
@@ -132,11 +144,11 @@ pub(crate) enum DensePanelsOf {
 }
 
 impl CpuDenseMatrix {
-    pub(crate) fn new(matrix: &DenseMatrix<'_>) -> Self {
+    pub(crate) fn new(matrix: &DenseMatrix<'_>, pool: &ThreadPool) -> Self {
         let panels = match matrix.values() {
-            DenseValues::F32(values) => DensePanelsOf::F32(DensePanels::new(matrix, values)),
-            DenseValues::F16(values) => DensePanelsOf::F16(DensePanels::new(matrix, values)),
-            DenseValues::BF16(values) => DensePanelsOf::BF16(DensePanels::new(matrix, values)),
+            DenseValues::F32(values) => DensePanelsOf::F32(DensePanels::new(matrix, values, pool)),
+            DenseValues::F16(values) => DensePanelsOf::F16(DensePanels::new(matrix, values, pool)),
+            DenseValues::BF16(values) => DensePanelsOf::BF16(DensePanels::new(matrix, values, pool)),
         };
         Self { panels }
     }

@@ -183,7 +183,7 @@ impl Device for Cpu {
     }
 
     fn pack_quantized(&self, _: &str, matrix: &QuantizedMatrix) -> Result<CpuPackedMatrix, KernelError> {
-        Ok(CpuPackedMatrix::new(matrix))
+        Ok(CpuPackedMatrix::new(matrix, &self.pool))
     }
 
     fn copy_quantized(&self, matrix: &CpuPackedMatrix) -> Result<CpuPackedMatrix, KernelError> {
@@ -203,7 +203,7 @@ impl Device for Cpu {
     }
 
     fn pack_dense(&self, _: &str, matrix: &DenseMatrix<'_>) -> Result<CpuDenseMatrix, KernelError> {
-        Ok(CpuDenseMatrix::new(matrix))
+        Ok(CpuDenseMatrix::new(matrix, &self.pool))
     }
 }
 

@@ -10,6 +10,7 @@
 use super::aligned::AlignedVec;
 use super::matrix::{PANEL_COLUMNS, pack};
 use super::simd::Simd;
+use super::thread_pool::ThreadPool;
 use super::tile::{ByteColumns, Columns, FiveBitColumns, NibbleColumns, WordColumns};
 use crate::tensor::QuantizedMatrix;
 
@@ -23,8 +24,8 @@ pub(crate) trait Codes: Clone + Sync {
     /// A chunk of a panel, `V` vectors wide.
     type Chunk<S: Simd, const V: usize>: Columns<S>;
 
-    /// Packs the codes of `matrix`.
-    fn pack(matrix: &QuantizedMatrix) -> Self;
+    /// Packs the codes of `matrix` on all threads of `pool`.
+    fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self;
     fn bytes(&self) -> usize;
     /// The chunk at `place`, each code times `factors` plus `offsets`.
     ///
@@ -95,24 +96,22 @@ pub(crate) struct Bytes {
     codes: AlignedVec<u8>,
 }
 
-/// The code of an output and an input, 0 behind the last input.
-fn code(matrix: &QuantizedMatrix, output: usize, input: usize) -> u32 {
+/// The codes of an output from input `first` on, at most `length`.
+fn codes(matrix: &QuantizedMatrix, output: usize, first: usize, length: usize) -> &[u8] {
     let inputs = matrix.in_features();
-    if input < inputs { u32::from(matrix.codes()[output * inputs + input]) } else { 0 }
+    &matrix.codes()[output * inputs..][first..inputs.min(first + length)]
 }
 
 impl Codes for Nibbles {
     type Chunk<S: Simd, const V: usize> = NibbleColumns<S, V>;
 
-    fn pack(matrix: &QuantizedMatrix) -> Self {
-        let (inputs, steps) = (matrix.in_features(), matrix.in_features().div_ceil(STEP));
-        let word = |index: usize| {
-            let (output, first) = (index / steps, index % steps * STEP);
-            let row = &matrix.codes()[output * inputs..][..inputs];
-            let codes = &row[first..inputs.min(first + STEP)];
+    fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
+        let steps = matrix.in_features().div_ceil(STEP);
+        let word = |output: usize, step: usize| {
+            let codes = codes(matrix, output, step * STEP, STEP);
             codes.iter().rev().fold(0, |word, &code| word << 4 | u32::from(code & 15))
         };
-        Self { words: pack(matrix.out_features(), steps, word) }
+        Self { words: pack(matrix.out_features(), steps, pool, word) }
     }
 
     fn bytes(&self) -> usize {
@@ -150,17 +149,17 @@ impl IntegerCodes for Nibbles {
 impl Codes for FiveBits {
     type Chunk<S: Simd, const V: usize> = FiveBitColumns<S, V>;
 
-    fn pack(matrix: &QuantizedMatrix) -> Self {
+    fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
         let words = matrix.in_features().div_ceil(STEP * STEPS_OF_FIFTH_BITS);
-        let word = |index: usize| {
-            let (output, first) = (index / words, index % words * STEP * STEPS_OF_FIFTH_BITS);
-            let bit = |at: usize| {
+        let word = |output: usize, word: usize| {
+            let length = STEP * STEPS_OF_FIFTH_BITS;
+            let codes = codes(matrix, output, word * length, length).iter().enumerate();
+            codes.fold(0, |word, (at, &code)| {
                 let (step, input) = (at / STEP, at % STEP);
-                (code(matrix, output, first + at) >> 4) << (input / 2 * 8 + input % 2 * 4 + step)
-            };
-            (0..STEP * STEPS_OF_FIFTH_BITS).map(bit).sum()
+                word | u32::from(code >> 4) << (input / 2 * 8 + input % 2 * 4 + step)
+            })
         };
-        Self { nibbles: Nibbles::pack(matrix), high: pack(matrix.out_features(), words, word) }
+        Self { nibbles: Nibbles::pack(matrix, pool), high: pack(matrix.out_features(), words, pool, word) }
     }
 
     fn bytes(&self) -> usize {
@@ -208,13 +207,14 @@ impl IntegerCodes for FiveBits {
 impl<const BITS: u32> Codes for Words<BITS> {
     type Chunk<S: Simd, const V: usize> = WordColumns<S, V>;
 
-    fn pack(matrix: &QuantizedMatrix) -> Self {
+    fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
         let words = matrix.in_features().div_ceil(STEP) * 2;
-        let word = |index: usize| {
-            let (output, step, odd) = (index / words, index % words / 2, index % 2);
-            (0..4).map(|at| code(matrix, output, STEP * step + 2 * at + odd) << (8 * at)).sum()
+        let word = |output: usize, word: usize| {
+            let (step, odd) = (word / 2, word % 2);
+            let codes = codes(matrix, output, step * STEP, STEP).iter().skip(odd).step_by(2);
+            codes.zip([0, 8, 16, 24]).fold(0, |word, (&code, shift)| word | u32::from(code) << shift)
         };
-        Self { words: pack(matrix.out_features(), words, word) }
+        Self { words: pack(matrix.out_features(), words, pool, word) }
     }
 
     fn bytes(&self) -> usize {
@@ -257,9 +257,10 @@ impl<const BITS: u32> IntegerCodes for Words<BITS> {
 impl Codes for Bytes {
     type Chunk<S: Simd, const V: usize> = ByteColumns<S, V>;
 
-    fn pack(matrix: &QuantizedMatrix) -> Self {
-        let codes = matrix.codes();
-        Self { codes: pack(matrix.out_features(), matrix.in_features(), |index| codes[index]) }
+    fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
+        let (inputs, codes) = (matrix.in_features(), matrix.codes());
+        let value = |output: usize, input: usize| codes[output * inputs + input];
+        Self { codes: pack(matrix.out_features(), inputs, pool, value) }
     }
 
     fn bytes(&self) -> usize {

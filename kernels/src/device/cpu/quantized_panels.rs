@@ -9,6 +9,7 @@ use super::aligned::AlignedVec;
 use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels, pack};
 use super::quantized_codes::{Bytes, Codes, FiveBits, IntegerCodes, Nibbles, Place, STEP, Words};
 use super::simd::Simd;
+use super::thread_pool::ThreadPool;
 use crate::tensor::{GroupOffsets, QuantizedMatrix};
 
 /// A number for each group and column: `[panel, group, 32]`.
@@ -20,11 +21,12 @@ enum GroupValues {
 
 impl GroupValues {
     /// `values` are row-major `[out, groups]`.
-    fn new(out: usize, groups: usize, values: &[f32]) -> Self {
+    fn new(out: usize, groups: usize, values: &[f32], pool: &ThreadPool) -> Self {
+        let at = |output: usize, group: usize| values[output * groups + group];
         if values.iter().all(|&value| f16::from_f32(value).to_f32() == value) {
-            Self::F16(pack(out, groups, |index| f16::from_f32(values[index])))
+            Self::F16(pack(out, groups, pool, |output, group| f16::from_f32(at(output, group))))
         } else {
-            Self::F32(pack(out, groups, |index| values[index]))
+            Self::F32(pack(out, groups, pool, at))
         }
     }
 
@@ -72,15 +74,20 @@ struct Groups {
 }
 
 impl Groups {
-    fn new(matrix: &QuantizedMatrix) -> Self {
+    fn new(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
         let (out, groups) = (matrix.out_features(), matrix.groups());
         let offsets = match matrix.offsets() {
-            GroupOffsets::Minimums(minimums) => Offsets::Minimums(GroupValues::new(out, groups, minimums)),
+            GroupOffsets::Minimums(minimums) => {
+                Offsets::Minimums(GroupValues::new(out, groups, minimums, pool))
+            }
             GroupOffsets::ZeroPoints(zero_points) => match zero_points.first() {
                 Some(first) if zero_points.iter().all(|zero| zero == first) => {
                     Offsets::ZeroPoint(f32::from(*first))
                 }
-                _ => Offsets::ZeroPoints(pack(out, groups, |index| zero_points[index])),
+                _ => {
+                    let zero_point = |output: usize, group: usize| zero_points[output * groups + group];
+                    Offsets::ZeroPoints(pack(out, groups, pool, zero_point))
+                }
             },
         };
         Self {
@@ -88,7 +95,7 @@ impl Groups {
             in_features: matrix.in_features(),
             group_size: matrix.group_size(),
             groups,
-            scales: GroupValues::new(out, groups, matrix.scales()),
+            scales: GroupValues::new(out, groups, matrix.scales(), pool),
             offsets,
             permutation: matrix.input_permutation().map(<[u32]>::to_vec),
         }
@@ -164,8 +171,8 @@ pub(crate) struct PackedPanels<C> {
 }
 
 impl<C: Codes> PackedPanels<C> {
-    fn new(matrix: &QuantizedMatrix) -> Self {
-        Self { groups: Groups::new(matrix), codes: C::pack(matrix) }
+    fn new(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
+        Self { groups: Groups::new(matrix, pool), codes: C::pack(matrix, pool) }
     }
 
     fn place(&self, panel: usize, start: usize, column: usize) -> Place {
@@ -283,15 +290,15 @@ macro_rules! with_panels {
 }
 
 impl CpuPackedMatrix {
-    pub(crate) fn new(matrix: &QuantizedMatrix) -> Self {
+    pub(crate) fn new(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
         // A word must not straddle two groups.
         let words_fit = matrix.group_size().is_multiple_of(STEP) || matrix.groups() == 1;
         let panels = match matrix.bits() {
-            _ if !words_fit => QuantizedPanels::Bytes(PackedPanels::new(matrix)),
-            ..=4 => QuantizedPanels::Nibbles(PackedPanels::new(matrix)),
-            5 => QuantizedPanels::FiveBits(PackedPanels::new(matrix)),
-            6 | 7 => QuantizedPanels::SevenBits(PackedPanels::new(matrix)),
-            _ => QuantizedPanels::EightBits(PackedPanels::new(matrix)),
+            _ if !words_fit => QuantizedPanels::Bytes(PackedPanels::new(matrix, pool)),
+            ..=4 => QuantizedPanels::Nibbles(PackedPanels::new(matrix, pool)),
+            5 => QuantizedPanels::FiveBits(PackedPanels::new(matrix, pool)),
+            6 | 7 => QuantizedPanels::SevenBits(PackedPanels::new(matrix, pool)),
+            _ => QuantizedPanels::EightBits(PackedPanels::new(matrix, pool)),
         };
         Self { panels }
     }

@@ -28,7 +28,7 @@ pub fn rows(vocabulary: usize) -> Vec<Row> {
             token_id: (index * vocabulary / count) as u32,
             bias: if index % 5 == 4 { f32::NEG_INFINITY } else { bias },
             penalty: 1.0 + index as f32 / count as f32,
-            subtrahend: if index % 2 == 0 { 0.5 } else { 0.0 },
+            subtrahend: if index.is_multiple_of(2) { 0.5 } else { 0.0 },
         };
         (0..count).map(change).collect()
     };
