@@ -18,6 +18,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/emulator/src/memory.rs",
     "kernels/src/device/cpu/integer_product.rs",
     "kernels/src/device/cpu/integer_rows.rs",
+    "kernels/src/device/cpu/integer_tiles.rs",
     "kernels/src/device/cpu/matrix.rs",
     "kernels/src/device/cpu/mod.rs",
     "kernels/src/device/cpu/panel_product.rs",
@@ -31,9 +32,13 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/device/cpu/tile.rs",
     "kernels/src/device/cuda/card.rs",
     "kernels/src/device/cuda/compiler.rs",
+    "kernels/src/ops/dense_matmul/cpu.rs",
     "kernels/src/ops/paged_attention/cpu.rs",
+    "kernels/src/ops/paged_attention/cpu/products.rs",
     "kernels/src/ops/rms_norm/cpu.rs",
+    "kernels/src/ops/rotary_embedding/cpu.rs",
     "kernels/src/ops/silu_mul/cpu.rs",
+    "kernels/src/ops/w4a16_matmul/cpu.rs",
     "model/src/mapped_file.rs",
 ];
 

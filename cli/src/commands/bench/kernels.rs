@@ -36,7 +36,7 @@ const WEIGHTS: [(usize, usize); 9] = [
 /// Arguments of `nibble bench kernels`.
 #[derive(Debug, Args)]
 pub(crate) struct KernelsArguments {
-    /// Operations to measure.
+    /// Operations to measure; none measures the bandwidth of memory alone.
     #[arg(
         long,
         value_name = "LIST",
@@ -83,18 +83,23 @@ pub(super) fn run(arguments: &KernelsArguments) -> anyhow::Result<()> {
     ensure!(arguments.repeats > 0, "--repeats must be at least 1");
     let device = arguments.run.device_or(FloatType::F16, Activations::Integer)?;
     let bandwidth = device.copy_bandwidth()?;
+    let reads = device.read_bandwidth();
+    let (limit, of_limit) = reads.map_or((bandwidth, "of copy"), |reads| (reads, "of read"));
     if !arguments.json {
-        println!("{}; copies {:.0} GB/s, read and written together", device.description(), bandwidth / 1e9);
-        println!("{:>10} {:>7} {:>7} {:>8}", "us", "GB/s", "of copy", "TFLOP/s");
+        println!("{}; copies {:.1} GB/s, read and written together", device.description(), bandwidth / 1e9);
+        if let Some(reads) = reads {
+            println!("reads {:.1} GB/s", reads / 1e9);
+        }
+        println!("{:>10} {:>7} {of_limit:>7} {:>8}", "us", "GB/s", "TFLOP/s");
     }
     let mut measured = Vec::new();
     let mut report = |one: Measured| {
         if !arguments.json {
             let (bytes, operations) =
                 (one.bytes / one.microseconds / 1e3, one.operations / one.microseconds / 1e6);
-            let part = 1e11 * bytes / bandwidth;
+            let part = 1e11 * bytes / limit;
             println!(
-                "{:10.1} {bytes:7.0} {part:6.1}% {operations:8.2}  {} {}",
+                "{:10.1} {bytes:7.1} {part:6.1}% {operations:8.3}  {} {}",
                 one.microseconds, one.operation, one.shape
             );
         }
@@ -105,6 +110,7 @@ pub(super) fn run(arguments: &KernelsArguments) -> anyhow::Result<()> {
         print_json(&json!({
             "device": device.description(),
             "copy_bytes_per_second": bandwidth,
+            "read_bytes_per_second": reads,
             "kernels": measured,
         }))?;
     }
@@ -149,6 +155,7 @@ impl Work for Measurement<'_> {
                 }
                 "rms_norm" => self.norms(&backend)?,
                 "silu_mul" => self.gates(&backend)?,
+                "none" => {}
                 other => anyhow::bail!("there is no measurement of {other}"),
             }
         }

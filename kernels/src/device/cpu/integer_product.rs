@@ -3,68 +3,94 @@
 //! For each output: `total = 0`; for each chunk of at most 128 inputs in order
 //!
 //! ```text
-//! total += minimum * activation scale * sum of q;   total += weight scale * activation scale * sum of q * code
+//! total += minimum * activation scale * sum of q
+//! total += weight scale * activation scale * sum of q * code
 //! ```
 //!
-//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers, which are exact in any order; then the bias. What is rounded is the
-//! activations alone ([`super::integer_rows`]), row by row: a row has the same bits alone and in any batch.
+//! (the minimum of a group with a zero point is `-zero point * weight scale`) with the sums over the chunk in integers,
+//! which are exact in any order; then the bias. What is rounded is the activations alone ([`super::integer_rows`]), row by
+//! row: a row has the same bits alone and in any batch.
 
 use std::mem::MaybeUninit;
 
 use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
+#[cfg(target_arch = "x86_64")]
+use super::integer_tiles;
 use super::matrix::PANEL_COLUMNS;
 use super::panel_product::{SharedOutput, write_row};
 use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
-use super::thread_pool::ThreadPool;
 use super::tile::for_row_tiles;
 
 /// Rows whose totals a task keeps.
 const ROW_BLOCK: usize = 128;
+/// Up to this many rows go through a panel one chunk after the other with their totals in registers.
+const FEW_ROWS: usize = 4;
 
 /// `output[m, n] = sum over k of input[m, k] * weight[n, k] + bias[n]`, row-major, of rounded inputs.
 pub(crate) struct IntegerProduct<'a, P> {
     pub(crate) input: &'a IntegerRows,
     pub(crate) weight: &'a P,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) output: &'a mut [f32],
+    pub(crate) output: SharedOutput,
     pub(crate) rows: usize,
 }
 
 /// One thread's share: a panel of outputs for a block of rows.
-struct Task<'a, P> {
-    input: &'a IntegerRows,
-    weight: &'a P,
-    bias: Option<&'a [f32]>,
-    output: SharedOutput,
-    rows: std::ops::Range<usize>,
-    panel: usize,
+pub(super) struct Task<'a, P> {
+    pub(super) input: &'a IntegerRows,
+    pub(super) weight: &'a P,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) output: SharedOutput,
+    pub(super) rows: std::ops::Range<usize>,
+    pub(super) panel: usize,
 }
 
 impl<P: IntegerPanels> IntegerProduct<'_, P> {
-    /// Computes the product on all threads of `pool`.
+    /// The tasks it consists of, which any threads may run.
+    pub(crate) fn tasks(&self) -> usize {
+        self.weight.out_features().div_ceil(PANEL_COLUMNS) * self.rows.div_ceil(ROW_BLOCK)
+    }
+
+    /// Computes task `index`.
     ///
-    /// # Panics
-    /// When the output is shorter than `rows` times the weight's outputs: callers check their arguments.
-    pub(crate) fn run(self, set: InstructionSet, pool: &ThreadPool) {
-        let out = self.weight.out_features();
-        assert!(self.output.len() >= self.rows * out && self.bias.is_none_or(|bias| bias.len() >= out));
-        let output = SharedOutput::new(self.output);
-        let panels = out.div_ceil(PANEL_COLUMNS);
-        let (input, weight, bias, rows) = (self.input, self.weight, self.bias, self.rows);
-        pool.run(panels * rows.div_ceil(ROW_BLOCK), &|index| {
-            let first = index / panels * ROW_BLOCK;
-            let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
-            let task = Task { input, weight, bias, output, rows, panel };
-            // SAFETY: `set` was detected on this processor, and the output holds the rows.
-            unsafe { dispatch!(set, <P: IntegerPanels> compute(task: Task<'_, P>)) }
-        });
+    /// # Safety
+    /// `set` was detected on this processor; input and output hold the rows, the bias the outputs; no other thread runs
+    /// this task.
+    pub(crate) unsafe fn run_task(&self, set: InstructionSet, index: usize) {
+        let &Self { input, weight, bias, output, rows } = self;
+        let panels = weight.out_features().div_ceil(PANEL_COLUMNS);
+        let first = index / panels * ROW_BLOCK;
+        let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
+        let task = Task { input, weight, bias, output, rows, panel };
+        // SAFETY: the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if set == InstructionSet::Amx && task.rows.len() >= integer_tiles::LEAST_ROWS {
+                return integer_tiles::compute(&task);
+            }
+            dispatch!(set, <P: IntegerPanels> compute(task: Task<'_, P>));
+        }
     }
 }
 
 #[inline(always)]
 unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     let rows = task.rows.len();
+    let first = task.rows.start;
+    // SAFETY: so many rows there are.
+    unsafe {
+        match rows {
+            1 => return compute_few::<S, P, 1>(&task, first),
+            2 => return compute_few::<S, P, 2>(&task, first),
+            3 => {
+                compute_few::<S, P, 2>(&task, first);
+                return compute_few::<S, P, 1>(&task, first + 2);
+            }
+            FEW_ROWS => return compute_few::<S, P, FEW_ROWS>(&task, first),
+            _ => {}
+        }
+    }
     // Written by the first chunk: to clear it would take as long as a chunk of one row.
     let mut totals = [const { MaybeUninit::<f32>::uninit() }; ROW_BLOCK * PANEL_COLUMNS];
     if task.weight.in_features() == 0 {
@@ -85,6 +111,36 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     }
 }
 
+/// All of `M` rows from `first` on.
+#[inline(always)]
+unsafe fn compute_few<S: Simd, P: IntegerPanels, const M: usize>(task: &Task<'_, P>, first: usize) {
+    let mut values = [[0.0f32; PANEL_COLUMNS]; M];
+    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
+        // SAFETY: M rows of the task from `first` on, two vectors of columns within the panel.
+        unsafe {
+            let mut totals = [[S::splat(0.0); 2]; M];
+            for (chunk, inputs) in chunks(task.weight).enumerate() {
+                let (start, steps) = (inputs.start, inputs.len().div_ceil(STEP_DEPTH));
+                let part = Part { chunk, start, steps };
+                let sums = sums::<S, P, M>(task, &part, first, column);
+                let factors = factors::<S, P>(task, start, column);
+                for (member, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
+                    let of_row = task.input.factors(first + member, chunk);
+                    add::<S>(totals, sums, factors, of_row);
+                }
+            }
+            for (values, totals) in values.iter_mut().zip(totals) {
+                S::store(values[column..].as_mut_ptr(), totals[0]);
+                S::store(values[column + S::WIDTH..].as_mut_ptr(), totals[1]);
+            }
+        }
+    }
+    for (member, values) in values.iter().enumerate() {
+        // SAFETY: this task alone writes its panel of its rows, which the output holds.
+        unsafe { write_row(task.weight, task.bias, task.output, task.panel, first + member, values) };
+    }
+}
+
 /// A chunk of the inputs.
 struct Part {
     chunk: usize,
@@ -101,45 +157,104 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
     totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
 ) {
     let first = task.rows.start + row;
+    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
+        // SAFETY: M rows of the block remain; two vectors of columns lie in the panel.
+        unsafe {
+            let sums = sums::<S, P, M>(task, part, first, column);
+            let factors = factors::<S, P>(task, part.start, column);
+            for (member, sums) in sums.into_iter().enumerate() {
+                let of_row = task.input.factors(first + member, part.chunk);
+                let totals = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast::<f32>();
+                let mut of_columns = [S::splat(0.0); 2];
+                if part.chunk > 0 {
+                    of_columns = [S::load(totals), S::load(totals.add(S::WIDTH))];
+                }
+                add::<S>(&mut of_columns, sums, factors, of_row);
+                S::store(totals, of_columns[0]);
+                S::store(totals.add(S::WIDTH), of_columns[1]);
+            }
+        }
+    }
+}
+
+/// The sums over a chunk of `q * code` for `M` rows from `first` on and two vectors of columns.
+///
+/// # Safety
+/// The input has those rows, the panel those columns, and the instruction set of `S` is available.
+#[inline(always)]
+unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
+    task: &Task<'_, P>,
+    part: &Part,
+    first: usize,
+    column: usize,
+) -> [[S::I32; 2]; M] {
     let words = task.input.words(first, part.start);
     let stride = task.input.stride();
-    for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
-        // SAFETY: M rows of the block remain, each with words for every step; two vectors of columns lie in the panel.
-        unsafe {
-            let mut sums = [[[S::zero(); 2]; 2]; M];
-            for step in 0..part.steps {
-                // No closure: it would be compiled without the instruction set.
-                let codes = [
-                    task.weight.codes::<S>(task.panel, part.start, step, column),
-                    task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
-                ];
-                for (member, sums) in sums.iter_mut().enumerate() {
-                    let words = words.add(member * stride + 2 * step);
-                    for (sums, codes) in sums.iter_mut().zip(codes) {
-                        // Few rows do not fill the pipeline with one sum for each vector.
-                        let odd = usize::from(M <= 2);
-                        sums[0] = P::dot::<S>(sums[0], codes[0], *words);
-                        sums[odd] = P::dot::<S>(sums[odd], codes[1], *words.add(1));
-                    }
-                }
-            }
-            let factors = [
-                task.weight.scale_and_minimum::<S>(task.panel, part.start, column),
-                task.weight.scale_and_minimum::<S>(task.panel, part.start, column + S::WIDTH),
+    // SAFETY: the caller's promise; each row has words for every step.
+    unsafe {
+        let mut sums = [[[S::zero(); 2]; 2]; M];
+        for step in 0..part.steps {
+            // No closure: it would be compiled without the instruction set.
+            let codes = [
+                task.weight.codes::<S>(task.panel, part.start, step, column),
+                task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
             ];
-            for (member, sums) in sums.into_iter().enumerate() {
-                let (scale, sum) = task.input.factors(first + member, part.chunk);
-                let first = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column);
-                for (vector, ([even, odd], [weight_scale, minimum])) in
-                    sums.into_iter().zip(factors).enumerate()
-                {
-                    let dot = S::mul(S::splat(scale), S::to_f32(S::add_i32(even, odd)));
-                    let total = first.add(vector * S::WIDTH).cast();
-                    let before = if part.chunk == 0 { S::splat(0.0) } else { S::load(total) };
-                    let before = S::multiply_add(minimum, S::splat(sum), before);
-                    S::store(total, S::multiply_add(weight_scale, dot, before));
+            for (member, sums) in sums.iter_mut().enumerate() {
+                let words = words.add(member * stride + 2 * step);
+                for (sums, codes) in sums.iter_mut().zip(codes) {
+                    // Few rows do not fill the pipeline with one sum for each vector.
+                    let odd = usize::from(M <= 2);
+                    sums[0] = P::dot::<S>(sums[0], codes[0], *words);
+                    sums[odd] = P::dot::<S>(sums[odd], codes[1], *words.add(1));
                 }
             }
+        }
+        let mut both = [[S::zero(); 2]; M];
+        for (both, sums) in both.iter_mut().zip(sums) {
+            for (both, [even, odd]) in both.iter_mut().zip(sums) {
+                *both = if M <= 2 { S::add_i32(even, odd) } else { even };
+            }
+        }
+        both
+    }
+}
+
+/// Scale and minimum of two vectors of columns in the chunk from `start` on.
+///
+/// # Safety
+/// As for [`sums`].
+#[inline(always)]
+pub(super) unsafe fn factors<S: Simd, P: IntegerPanels>(
+    task: &Task<'_, P>,
+    start: usize,
+    column: usize,
+) -> [[S::F32; 2]; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            task.weight.scale_and_minimum::<S>(task.panel, start, column),
+            task.weight.scale_and_minimum::<S>(task.panel, start, column + S::WIDTH),
+        ]
+    }
+}
+
+/// Adds a chunk to the totals of a row: `sums` of products, `factors` of the columns, scale and sum of the row.
+///
+/// # Safety
+/// The instruction set of `S` is available.
+#[inline(always)]
+pub(super) unsafe fn add<S: Simd>(
+    totals: &mut [S::F32; 2],
+    sums: [S::I32; 2],
+    factors: [[S::F32; 2]; 2],
+    (scale, sum): (f32, f32),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for ((total, products), [weight_scale, minimum]) in totals.iter_mut().zip(sums).zip(factors) {
+            let dot = S::mul(S::splat(scale), S::to_f32(products));
+            let before = S::multiply_add(minimum, S::splat(sum), *total);
+            *total = S::multiply_add(weight_scale, dot, before);
         }
     }
 }

@@ -17,6 +17,9 @@ use super::thread_pool::ThreadPool;
 
 /// Rows that a task rounds.
 const ROWS_PER_TASK: usize = 8;
+/// What a tile of [`super::integer_tiles`] reads at once.
+const TILE_ROWS: usize = 16;
+const TILE_WORDS: usize = 16;
 /// Inputs in the two words of a step.
 pub(crate) const STEP_DEPTH: usize = 8;
 
@@ -47,7 +50,9 @@ impl IntegerRows {
         let inputs = weight.in_features();
         self.steps = inputs.div_ceil(STEP_DEPTH);
         self.chunks = chunks(weight).count();
-        let (words, factors) = (rows * self.steps * 2, rows * self.chunks * 2);
+        // Tiles read whole: sixteen rows, and of the last one up to sixteen words more.
+        let words = rows.next_multiple_of(TILE_ROWS) * self.steps * 2 + TILE_WORDS;
+        let factors = rows * self.chunks * 2;
         if self.words.len() < words {
             self.words = AlignedVec::zeroed(words);
         }
@@ -108,45 +113,61 @@ struct RowTask<'a, P> {
 #[inline(always)]
 unsafe fn round_row<S: Simd, P: Panels>(task: RowTask<'_, P>) {
     let RowTask { input, weight, words, factors } = task;
-    let mut values = [0.0f32; CHUNK_DEPTH];
-    let mut rounded = [0i32; CHUNK_DEPTH];
+    let mut gathered = [0.0f32; CHUNK_DEPTH];
     for (chunk, factors) in chunks(weight).zip(factors.chunks_exact_mut(2)) {
         let depth = chunk.len();
-        match weight.permutation() {
-            None => values[..depth].copy_from_slice(&input[chunk.clone()]),
-            Some(permutation) => {
-                for (value, &from) in values.iter_mut().zip(&permutation[chunk.clone()]) {
-                    *value = input[from as usize];
-                }
-            }
-        }
-        values[depth..].fill(0.0);
-        // SAFETY: 128 values are whole vectors of every width.
+        let first = chunk.start / STEP_DEPTH * 2;
+        let words = &mut words[first..first + depth.div_ceil(STEP_DEPTH) * 2];
+        let whole = weight.permutation().is_none() && depth.is_multiple_of(16);
+        let values = if whole {
+            &input[chunk]
+        } else {
+            gather(&mut gathered, input, weight.permutation(), chunk);
+            &gathered[..depth.next_multiple_of(16)]
+        };
+        let mut rounded = [0i32; CHUNK_DEPTH / 4];
+        // SAFETY: the values are a multiple of 16, whole vectors of every width, and `rounded` holds a byte for each.
         unsafe {
-            let mut largest = S::splat(0.0);
-            for at in (0..depth).step_by(S::WIDTH) {
+            let (mut largest, mut unsound) = (S::splat(0.0), S::splat(0.0));
+            for at in (0..values.len()).step_by(S::WIDTH) {
                 let value = S::load(values.as_ptr().add(at));
                 largest = S::max(largest, S::max(value, S::sub(S::splat(0.0), value)));
+                // 0 times a NaN or an infinity is a NaN.
+                unsound = S::multiply_add(value, S::splat(0.0), unsound);
             }
             let scale = S::largest(largest) / 127.0;
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            for at in (0..depth).step_by(S::WIDTH) {
+            let mut sum = S::zero();
+            for at in (0..values.len()).step_by(S::WIDTH) {
                 let value = S::mul(S::load(values.as_ptr().add(at)), S::splat(inverse));
-                S::store_rounded(rounded.as_mut_ptr().add(at), value);
+                let integers = S::to_i32(value);
+                sum = S::add_i32(sum, integers);
+                S::store_steps(rounded.as_mut_ptr().add(at / 4), integers);
             }
             // A NaN or an infinity must not be rounded away.
-            let unsound = values[..depth].iter().fold(false, |found, value| found | !value.is_finite());
-            factors[0] = if unsound { f32::NAN } else { scale };
+            factors[0] = scale + S::sum(unsound);
+            // At most 128 * 127 in all: exact.
+            factors[1] = factors[0] * S::sum(S::to_f32(sum));
         }
-        let rounded = &rounded[..depth.next_multiple_of(STEP_DEPTH)];
-        factors[1] = factors[0] * rounded.iter().sum::<i32>() as f32;
-        let first = chunk.start / STEP_DEPTH * 2;
-        for (step, words) in rounded.chunks_exact(STEP_DEPTH).zip(words[first..].chunks_exact_mut(2)) {
-            let word = |odd: usize| {
-                let byte = |at: usize| (step[2 * at + odd] & 0xFF) << (8 * at);
-                byte(0) | byte(1) | byte(2) | byte(3)
-            };
-            (words[0], words[1]) = (word(0), word(1));
+        words.copy_from_slice(&rounded[..words.len()]);
+    }
+}
+
+/// The activations of `chunk` in the order of the weight's columns, and zeros behind them.
+fn gather(
+    gathered: &mut [f32; CHUNK_DEPTH],
+    input: &[f32],
+    permutation: Option<&[u32]>,
+    chunk: Range<usize>,
+) {
+    let depth = chunk.len();
+    match permutation {
+        None => gathered[..depth].copy_from_slice(&input[chunk]),
+        Some(permutation) => {
+            for (value, &from) in gathered.iter_mut().zip(&permutation[chunk]) {
+                *value = input[from as usize];
+            }
         }
     }
+    gathered[depth..].fill(0.0);
 }

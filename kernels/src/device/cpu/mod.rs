@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 mod aligned;
 pub(crate) mod integer_product;
 pub(crate) mod integer_rows;
+#[cfg(target_arch = "x86_64")]
+mod integer_tiles;
 pub(crate) mod matrix;
 pub(crate) mod panel_product;
 mod quantized_codes;

@@ -8,7 +8,6 @@
 
 use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels};
 use super::simd::{InstructionSet, Simd, dispatch};
-use super::thread_pool::ThreadPool;
 use super::tile::{Columns, FloatColumns, Rows, for_row_tiles, tile};
 
 /// Rows that share one widening of a chunk.
@@ -21,7 +20,7 @@ pub(crate) struct PanelProduct<'a, P> {
     pub(crate) input: &'a [f32],
     pub(crate) weight: &'a P,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) output: &'a mut [f32],
+    pub(crate) output: SharedOutput,
     pub(crate) rows: usize,
 }
 
@@ -50,36 +49,29 @@ impl SharedOutput {
 }
 
 impl<P: Panels> PanelProduct<'_, P> {
-    /// Computes the product on all threads of `pool`.
+    /// The tasks it consists of, which any threads may run.
+    pub(crate) fn tasks(&self) -> usize {
+        self.weight.out_features().div_ceil(PANEL_COLUMNS) * self.rows.div_ceil(ROW_BLOCK)
+    }
+
+    /// Computes task `index`.
+    ///
+    /// # Safety
+    /// `set` was detected on this processor; the output holds the rows; no other thread runs this task.
     ///
     /// # Panics
-    /// When the slices are shorter than `rows` times the weight's features: callers check their arguments.
-    pub(crate) fn run(self, set: InstructionSet, pool: &ThreadPool) {
-        let (out, inputs) = (self.weight.out_features(), self.weight.in_features());
-        assert!(self.input.len() >= self.rows * inputs && self.output.len() >= self.rows * out);
-        assert!(self.bias.is_none_or(|bias| bias.len() >= out));
-        let output = SharedOutput::new(self.output);
+    /// When input or bias are too short.
+    pub(crate) unsafe fn run_task(&self, set: InstructionSet, index: usize) {
+        let &Self { input, weight, bias, output, rows } = self;
+        let (out, inputs) = (weight.out_features(), weight.in_features());
+        assert!(input.len() >= rows * inputs && bias.is_none_or(|bias| bias.len() >= out));
         let panels = out.div_ceil(PANEL_COLUMNS);
-        let row_blocks = self.rows.div_ceil(ROW_BLOCK);
-        let (input, weight, bias, rows) = (self.input, self.weight, self.bias, self.rows);
-        pool.run(panels * row_blocks, &|index| {
-            let first = index / panels * ROW_BLOCK;
-            let task = Task {
-                input,
-                weight,
-                bias,
-                output,
-                rows: first..rows.min(first + ROW_BLOCK),
-                panel: index % panels,
-            };
-            run_task(set, &task);
-        });
+        let first = index / panels * ROW_BLOCK;
+        let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
+        let task = &Task { input, weight, bias, output, rows, panel };
+        // SAFETY: the caller's promise, and the sizes just checked.
+        unsafe { dispatch!(set, <P: Panels> compute(task: &Task<'_, P>)) }
     }
-}
-
-fn run_task<P: Panels>(set: InstructionSet, task: &Task<'_, P>) {
-    // SAFETY: `set` was detected on this processor; `PanelProduct::run` checked the sizes.
-    unsafe { dispatch!(set, <P: Panels> compute(task: &Task<'_, P>)) }
 }
 
 #[inline(always)]

@@ -6,9 +6,10 @@
 use half::f16;
 
 use super::aligned::AlignedVec;
+use super::integer_rows::IntegerRows;
 use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels, pack};
 use super::quantized_codes::{Bytes, Codes, FiveBits, IntegerCodes, Nibbles, Place, STEP, Words};
-use super::simd::Simd;
+use super::simd::{InstructionSet, Simd};
 use super::thread_pool::ThreadPool;
 use crate::tensor::{GroupOffsets, QuantizedMatrix};
 
@@ -301,6 +302,29 @@ impl CpuPackedMatrix {
             _ => QuantizedPanels::EightBits(PackedPanels::new(matrix, pool)),
         };
         Self { panels }
+    }
+
+    /// Rounds activations in the chunks of this matrix, if its codes are multiplied as integers.
+    pub(crate) fn round(
+        &self,
+        rounded: &mut IntegerRows,
+        input: &[f32],
+        rows: usize,
+        set: InstructionSet,
+        pool: &ThreadPool,
+    ) {
+        if !matches!(self.panels, QuantizedPanels::Bytes(_)) {
+            with_panels!(self, |panels| rounded.fill(input, rows, panels, set, pool));
+        }
+    }
+
+    /// Whether rounded activations of this matrix are those of `other`, of as many inputs.
+    pub(crate) fn rounds_like(&self, other: &Self) -> bool {
+        let of_bytes = |matrix: &Self| matches!(matrix.panels, QuantizedPanels::Bytes(_));
+        let layout = |matrix: &Self| {
+            with_panels!(matrix, |panels| (panels.groups.group_size, panels.permutation().is_some()))
+        };
+        of_bytes(self) == of_bytes(other) && layout(self) == layout(other) && !layout(self).1
     }
 
     pub(crate) fn out_features(&self) -> usize {

@@ -1,41 +1,61 @@
 //! A pool that hands out the tasks of one operation and waits for all of them.
 //!
-//! A decode step is some hundred operations of a few microseconds each, so a worker spins for a while
-//! before it sleeps. Which thread runs a task never changes what the task computes.
+//! A decode step is some hundred operations of a few microseconds each. A worker therefore spins for a while before it
+//! sleeps, and one that comes late is not waited for: the caller goes on as soon as all tasks are done. Tasks are handed
+//! out in runs of neighbours, long ones first, because neighbours read neighbouring memory. Which thread runs a task
+//! never changes what the task computes.
 
+use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-/// Polls before a worker goes to sleep, roughly 100 microseconds.
-const SPINS_BEFORE_SLEEP: usize = 2000;
+/// How long a worker polls for the next job before it goes to sleep: longer than what lies between two operations of a
+/// step.
+const SPIN_TIME: Duration = Duration::from_micros(200);
+/// Polls between two looks at the clock.
+const SPINS_PER_LOOK: usize = 64;
 /// Polls before the caller yields its processor to a worker that may be waiting for it.
 const SPINS_BEFORE_YIELD: usize = 2000;
+
+/// `Shared::state` counts jobs in the bits from here on.
+const JOB: usize = 1 << 16;
+/// The bit of `Shared::state` that says whether workers may still join the job; those inside are counted below it.
+const OPEN: usize = 1 << 15;
+/// `Shared::state` of a pool that ends.
+const STOP: usize = usize::MAX;
 
 /// A task body whose borrow was forgotten: see the SAFETY lines for why no one uses it too late.
 type Body = dyn Fn(usize) + Sync + 'static;
 
+#[derive(Clone, Copy)]
 struct Job {
     /// The borrowed body of the current [`ThreadPool::run`], which outlives every use by workers.
     body: *const Body,
     tasks: usize,
+    threads: usize,
 }
 
+/// A value in cache lines of its own (processors fetch lines in pairs).
+#[repr(align(128))]
+struct Apart<T>(T);
+
 struct Shared {
-    /// Counts jobs; a change tells workers that `job` is new. `usize::MAX` says stop.
-    epoch: AtomicUsize,
-    job: Mutex<Job>,
-    next_task: AtomicUsize,
-    workers_busy: AtomicUsize,
+    /// The number of the job, whether it is open, and the workers inside.
+    state: Apart<AtomicUsize>,
+    next_task: Apart<AtomicUsize>,
+    /// Written by the caller while no worker is inside, read by workers that are.
+    job: UnsafeCell<Job>,
     panicked: AtomicBool,
-    sleepers: AtomicUsize,
+    sleepers: Apart<AtomicUsize>,
     wake: Condvar,
     wake_lock: Mutex<()>,
 }
 
-// SAFETY: `Job::body` is only dereferenced between the epoch change that publishes it and the end of the
-// `run` that owns the borrow; the body is `Sync`.
+// SAFETY: `job` is written only while the last job is closed and no worker is inside, and read only by workers that went
+// inside; its body is `Sync` and alive until they have left.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -53,16 +73,15 @@ impl ThreadPool {
     /// A pool of `threads` threads, the caller of [`ThreadPool::run`] included; 0 counts as 1.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            job: Mutex::new(Job { body: &idle, tasks: 0 }),
-            next_task: AtomicUsize::new(0),
-            workers_busy: AtomicUsize::new(0),
+            state: Apart(AtomicUsize::new(0)),
+            next_task: Apart(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job { body: &idle, tasks: 0, threads: 1 }),
             panicked: AtomicBool::new(false),
-            sleepers: AtomicUsize::new(0),
+            sleepers: Apart(AtomicUsize::new(0)),
             wake: Condvar::new(),
             wake_lock: Mutex::new(()),
         });
-        let workers = (1..threads)
+        let workers = (1..threads.min(OPEN))
             .filter_map(|index| {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new()
@@ -90,23 +109,23 @@ impl ThreadPool {
         }
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        {
-            let mut job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: only the lifetime is forgotten. This function does not return before every worker
-            // has left the body (`workers_busy` is 0), also when a task panics.
-            let body = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const Body>(body) };
-            *job = Job { body, tasks };
-        }
-        shared.next_task.store(0, Ordering::Relaxed);
-        shared.workers_busy.store(self.workers.len(), Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+        // SAFETY: only the lifetime is forgotten. This function does not return before the job is closed and every
+        // worker has left it, also when a task panics.
+        let body = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const Body>(body) };
+        let job = Job { body, tasks, threads: self.threads() };
+        // SAFETY: the last job is closed and no worker is inside, so none reads it.
+        unsafe { *shared.job.get() = job };
+        shared.next_task.0.store(0, Ordering::Relaxed);
+        let number = (shared.state.0.load(Ordering::Relaxed) & !(JOB - 1)).wrapping_add(JOB);
+        shared.state.0.store(number | OPEN, Ordering::SeqCst);
+        if shared.sleepers.0.load(Ordering::SeqCst) > 0 {
             let _guard = shared.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, body, tasks)));
+        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job)));
+        shared.state.0.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
-        while shared.workers_busy.load(Ordering::Acquire) > 0 {
+        while shared.state.0.load(Ordering::Acquire) != number {
             spins += 1;
             if spins < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -119,7 +138,7 @@ impl ThreadPool {
 
 impl Drop for ThreadPool {
     fn drop(&mut self) {
-        self.shared.epoch.store(usize::MAX, Ordering::SeqCst);
+        self.shared.state.0.store(STOP, Ordering::SeqCst);
         {
             let _guard = self.shared.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.shared.wake.notify_all();
@@ -131,58 +150,76 @@ impl Drop for ThreadPool {
     }
 }
 
-fn take_tasks(shared: &Shared, body: &(dyn Fn(usize) + Sync), tasks: usize) {
+/// Runs tasks of `job` as long as there are any.
+fn take_tasks(shared: &Shared, job: Job) {
+    let next_task = &shared.next_task.0;
+    // SAFETY: the caller of `run` is inside it, and a worker that went inside the job keeps it there.
+    let body = unsafe { &*job.body };
     loop {
-        let task = shared.next_task.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
+        let first = next_task.load(Ordering::Relaxed);
+        let left = job.tasks.saturating_sub(first);
+        if left == 0 {
             return;
         }
-        body(task);
+        let end = first + (left / (2 * job.threads)).max(1);
+        if next_task.compare_exchange_weak(first, end, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            (first..end).for_each(body);
+        }
     }
 }
 
 fn work(shared: &Shared) {
     let mut seen = 0;
     loop {
-        seen = next_epoch(shared, seen);
-        if seen == usize::MAX {
+        let state = next_job(shared, seen);
+        if state == STOP {
             return;
         }
-        let (body, tasks) = {
-            let job = shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-            (job.body, job.tasks)
-        };
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            // SAFETY: `run` keeps the body alive until `workers_busy` is 0, which this thread still counts in.
-            take_tasks(shared, unsafe { &*body }, tasks);
-        }));
-        if outcome.is_err() {
+        let number = state & !(JOB - 1);
+        if state & OPEN == 0 {
+            seen = number;
+            continue;
+        }
+        let inside = shared.state.0.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed);
+        if inside.is_err() {
+            // It was closed, or another worker went inside first: look again.
+            continue;
+        }
+        seen = number;
+        // SAFETY: the job is not written before this worker has left it.
+        let job = unsafe { *shared.job.get() };
+        if catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job))).is_err() {
             shared.panicked.store(true, Ordering::Relaxed);
         }
-        shared.workers_busy.fetch_sub(1, Ordering::Release);
+        shared.state.0.fetch_sub(1, Ordering::Release);
     }
 }
 
-/// Waits until the epoch differs from `seen`: first spinning, then asleep.
-fn next_epoch(shared: &Shared, seen: usize) -> usize {
-    for _ in 0..SPINS_BEFORE_SLEEP {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
-        if epoch != seen {
-            return epoch;
+/// Waits until the job's number differs from `seen`, first spinning, then asleep, and returns the state.
+fn next_job(shared: &Shared, seen: usize) -> usize {
+    let new = || {
+        let state = shared.state.0.load(Ordering::SeqCst);
+        (state & !(JOB - 1) != seen).then_some(state)
+    };
+    let started = Instant::now();
+    while started.elapsed() < SPIN_TIME {
+        for _ in 0..SPINS_PER_LOOK {
+            if let Some(state) = new() {
+                return state;
+            }
+            std::hint::spin_loop();
         }
-        std::hint::spin_loop();
     }
     let mut guard = shared.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
-    shared.sleepers.fetch_add(1, Ordering::SeqCst);
-    let epoch = loop {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
-        if epoch != seen {
-            break epoch;
+    shared.sleepers.0.fetch_add(1, Ordering::SeqCst);
+    let state = loop {
+        if let Some(state) = new() {
+            break state;
         }
         guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
     };
-    shared.sleepers.fetch_sub(1, Ordering::SeqCst);
-    epoch
+    shared.sleepers.0.fetch_sub(1, Ordering::SeqCst);
+    state
 }
 
 #[cfg(test)]
@@ -200,7 +237,7 @@ mod tests {
             });
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             if job % 50 == 0 {
-                std::thread::sleep(std::time::Duration::from_millis(2));
+                std::thread::sleep(Duration::from_millis(2));
             }
         }
     }

@@ -238,7 +238,8 @@ macro_rules! for_row_tiles {
                 8.. => with_height!(8),
                 6.. => with_height!(6),
                 4.. => with_height!(4),
-                2.. => with_height!(2),
+                3 => with_height!(3),
+                2 => with_height!(2),
                 _ => with_height!(1),
             }
         }

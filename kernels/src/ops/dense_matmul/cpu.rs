@@ -2,7 +2,7 @@
 
 use super::{Args, DenseMatmul};
 use crate::device::cpu::matrix::{DensePanelsOf, Panels};
-use crate::device::cpu::panel_product::PanelProduct;
+use crate::device::cpu::panel_product::{PanelProduct, SharedOutput};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuDenseMatrix};
 use crate::error::KernelError;
 
@@ -20,6 +20,8 @@ impl DenseMatmul for Cpu {
 
 fn multiply<P: Panels>(cpu: &Cpu, weight: &P, args: Args<'_, CpuBuffer, CpuDenseMatrix>) {
     let Args { input, bias, output, rows, .. } = args;
-    PanelProduct { input, weight, bias: bias.map(|bias| &**bias), output, rows }
-        .run(cpu.instruction_set(), cpu.pool());
+    let output = SharedOutput::new(output);
+    let product = PanelProduct { input, weight, bias: bias.map(|bias| &**bias), output, rows };
+    // SAFETY: `Args::check` saw that the output holds the rows; the set was detected; the pool runs each task once.
+    cpu.pool().run(product.tasks(), &|task| unsafe { product.run_task(cpu.instruction_set(), task) });
 }

@@ -1,14 +1,45 @@
 //! Attention on the CPU. A task is a few consecutive queries of one sequence with all the query heads of
-//! one KV head, so that each key and value is read once for all of them.
+//! one KV head, so that each key and value is read once for all of them. Keys are taken in groups of four blocks; within
+//! and between groups a row takes its keys in order, so its bits do not depend on the other rows.
+
+mod products;
+
+use std::mem::MaybeUninit;
 
 use super::{Args, BLOCK_SIZE, MAX_HEAD_DIM, PagedAttention, SEQUENCE_WORDS, key_offset, value_offset};
 use crate::device::cpu::simd::{InstructionSet, Simd, dispatch};
-use crate::device::cpu::tile::{FloatColumns, Rows, for_row_tiles, tile};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuIndices, DisjointSlices};
 use crate::error::KernelError;
+use products::{GROUP_BLOCKS, GROUP_KEYS, add_values, score};
 
 /// Query rows (queries times heads) of a task, at most.
 const TASK_ROWS: usize = 48;
+
+/// Calls `$call` for tiles that cover rows `0..$rows`: `$row` is a tile's first row, the constant `$M` its height, at
+/// most 6, so that it stays in registers with four vectors of columns of AVX-512 or two of AVX2.
+macro_rules! for_rows {
+    ($rows:expr, |$row:ident, $M:ident| $call:expr) => {{
+        let mut $row = 0;
+        while $row < $rows {
+            macro_rules! with_height {
+                ($height:literal) => {{
+                    const $M: usize = $height;
+                    $call;
+                    $row += $height;
+                }};
+            }
+            // A tile of one row has too few sums to fill the pipeline.
+            match $rows - $row {
+                7 => with_height!(4),
+                6.. => with_height!(6),
+                4 => with_height!(4),
+                3 | 5 => with_height!(3),
+                2 => with_height!(2),
+                _ => with_height!(1),
+            }
+        }
+    }};
+}
 
 type Arguments<'a> = Args<'a, CpuBuffer, CpuIndices>;
 
@@ -93,11 +124,28 @@ fn run_task(set: InstructionSet, task: &Task<'_>) {
 }
 
 /// The running softmax of the query rows of a task.
-struct State {
-    scores: [f32; TASK_ROWS * BLOCK_SIZE],
-    sums: [f32; TASK_ROWS * MAX_HEAD_DIM],
+struct State<'a> {
+    scores: &'a mut [f32],
+    sums: &'a mut [f32],
     largest: [f32; TASK_ROWS],
     totals: [f32; TASK_ROWS],
+}
+
+/// Memory for up to `N` values of a task, of which only those in use are written.
+struct Scratch<const N: usize>([MaybeUninit<f32>; N]);
+
+impl<const N: usize> Scratch<N> {
+    fn new() -> Self {
+        Self([const { MaybeUninit::uninit() }; N])
+    }
+
+    /// The first `length` values, set to 0.
+    fn zeroed(&mut self, length: usize) -> &mut [f32] {
+        let values = &mut self.0[..length];
+        values.fill(MaybeUninit::new(0.0));
+        // SAFETY: all of them were just written, and `MaybeUninit<f32>` lies in memory as `f32` does.
+        unsafe { &mut *(std::ptr::from_mut(values) as *mut [f32]) }
+    }
 }
 
 #[inline(always)]
@@ -105,7 +153,10 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
     let Task { head_dim, heads, kv_heads, kv_head, .. } = *task;
     let shared = heads / kv_heads;
     let rows = task.queries * shared;
-    let mut query = [0.0f32; TASK_ROWS * MAX_HEAD_DIM];
+    let mut query = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
+    let mut sums = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
+    let mut scores = Scratch::<{ TASK_ROWS * GROUP_KEYS }>::new();
+    let query = query.zeroed(rows * head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
     for row in 0..rows {
         let from = ((task.first_row + row / shared) * heads + kv_head * shared + row % shared) * head_dim;
@@ -115,29 +166,35 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
         }
     }
     let mut state = State {
-        scores: [0.0; TASK_ROWS * BLOCK_SIZE],
-        sums: [0.0; TASK_ROWS * MAX_HEAD_DIM],
+        scores: scores.zeroed(rows * GROUP_KEYS),
+        sums: sums.zeroed(rows * head_dim),
         largest: [f32::NEG_INFINITY; TASK_ROWS],
         totals: [0.0; TASK_ROWS],
     };
     let last_position = task.first_position + task.queries - 1;
     let first_key = (task.first_position + 1).saturating_sub(task.window);
-    for index in first_key / BLOCK_SIZE..=last_position / BLOCK_SIZE {
-        let block = task.block_table[index] as usize;
-        let keys = &task.key_cache[key_offset(block, kv_head, kv_heads, head_dim)..][..head_dim * BLOCK_SIZE];
-        let values =
-            &task.value_cache[value_offset(block, kv_head, kv_heads, head_dim)..][..head_dim * BLOCK_SIZE];
-        let first_position = index * BLOCK_SIZE;
-        // SAFETY: keys and values are whole blocks, and `query` and `state` hold `rows` rows.
+    for group in first_key / GROUP_KEYS..=last_position / GROUP_KEYS {
+        let first_position = group * GROUP_KEYS;
+        let keys = GROUP_KEYS.min(last_position + 1 - first_position);
+        let blocks = Blocks::new(task, group, keys);
+        // SAFETY: the blocks are whole, and `query` and `state` hold `rows` rows.
         unsafe {
-            score::<S>(&query, keys, rows, head_dim, &mut state.scores);
+            for_rows!(rows, |row, M| score::<S, M>(
+                &query[row * head_dim..(row + M) * head_dim],
+                &blocks.keys,
+                &mut state.scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
+            ));
             for row in 0..rows {
                 let position = task.first_position + row / shared;
                 let visible = Visible::new(position, task.window, first_position);
                 soften::<S>(&mut state, row, head_dim, visible);
             }
-            let keys = BLOCK_SIZE.min(last_position + 1 - first_position);
-            add_values::<S>(&mut state, values, rows, keys, head_dim);
+            for_rows!(rows, |row, M| add_values::<S, M>(
+                &state.scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
+                &blocks.values,
+                keys,
+                &mut state.sums[row * head_dim..(row + M) * head_dim],
+            ));
         }
     }
     for row in 0..rows {
@@ -150,7 +207,31 @@ unsafe fn attend<S: Simd>(task: &Task<'_>) {
     }
 }
 
-/// The keys of a block that a query sees: offsets `first..end`.
+/// The keys and values of a group of blocks.
+struct Blocks {
+    keys: [*const f32; GROUP_BLOCKS],
+    values: [*const f32; GROUP_BLOCKS],
+}
+
+impl Blocks {
+    /// The blocks of the first `keys` keys of `group`; places behind them repeat the last one.
+    fn new(task: &Task<'_>, group: usize, keys: usize) -> Self {
+        let Task { kv_head, kv_heads, head_dim, .. } = *task;
+        let last = (keys - 1) / BLOCK_SIZE;
+        let block = |index: usize| task.block_table[group * GROUP_BLOCKS + index.min(last)] as usize;
+        let part = |cache: &[f32], from: usize| cache[from..][..head_dim * BLOCK_SIZE].as_ptr();
+        Self {
+            keys: std::array::from_fn(|index| {
+                part(task.key_cache, key_offset(block(index), kv_head, kv_heads, head_dim))
+            }),
+            values: std::array::from_fn(|index| {
+                part(task.value_cache, value_offset(block(index), kv_head, kv_heads, head_dim))
+            }),
+        }
+    }
+}
+
+/// The keys of a group that a query sees: offsets `first..end`.
 #[derive(Clone, Copy)]
 struct Visible {
     first: usize,
@@ -161,61 +242,39 @@ impl Visible {
     fn new(position: usize, window: usize, first_position: usize) -> Self {
         let oldest = (position + 1).saturating_sub(window);
         Self {
-            first: oldest.saturating_sub(first_position).min(BLOCK_SIZE),
-            end: (position + 1).saturating_sub(first_position).min(BLOCK_SIZE),
-        }
-    }
-}
-
-/// `scores[row, j] = query[row] . key[j]` for the 16 keys of a block.
-#[inline(always)]
-unsafe fn score<S: Simd>(query: &[f32], keys: &[f32], rows: usize, head_dim: usize, scores: &mut [f32]) {
-    for_row_tiles!(S, rows, |row, M| score_tile::<S, M>(
-        &query[row * head_dim..(row + M) * head_dim],
-        keys,
-        &mut scores[row * BLOCK_SIZE..(row + M) * BLOCK_SIZE],
-    ));
-}
-
-#[inline(always)]
-unsafe fn score_tile<S: Simd, const M: usize>(query: &[f32], keys: &[f32], scores: &mut [f32]) {
-    let head_dim = query.len() / M;
-    let rows = Rows { from: query.as_ptr(), stride: head_dim };
-    for column in (0..BLOCK_SIZE).step_by(S::WIDTH) {
-        let columns = FloatColumns { from: keys[column..].as_ptr(), stride: BLOCK_SIZE };
-        // SAFETY: there are M rows of queries and scores, and the block holds head_dim rows of 16 keys.
-        unsafe {
-            let tile = tile::<S, _, M, 1>(rows, columns, head_dim);
-            for (member, [value]) in tile.into_iter().enumerate() {
-                S::store(scores[member * BLOCK_SIZE + column..].as_mut_ptr(), value);
-            }
+            first: oldest.saturating_sub(first_position).min(GROUP_KEYS),
+            end: (position + 1).saturating_sub(first_position).min(GROUP_KEYS),
         }
     }
 }
 
 /// Turns the scores of a row into weights against the running maximum, and rescales what was summed before.
 #[inline(always)]
-unsafe fn soften<S: Simd>(state: &mut State, row: usize, head_dim: usize, visible: Visible) {
-    let scores = &mut state.scores[row * BLOCK_SIZE..(row + 1) * BLOCK_SIZE];
+unsafe fn soften<S: Simd>(state: &mut State<'_>, row: usize, head_dim: usize, visible: Visible) {
+    let scores = &mut state.scores[row * GROUP_KEYS..(row + 1) * GROUP_KEYS];
     if visible.first >= visible.end {
         scores.fill(0.0);
         return;
     }
     scores[..visible.first].fill(f32::NEG_INFINITY);
     scores[visible.end..].fill(f32::NEG_INFINITY);
-    // SAFETY: the row has 16 scores, a multiple of the width.
+    // SAFETY: the row has whole vectors of scores, and sums of `head_dim`, a multiple of the width.
     unsafe {
         let mut largest = S::splat(state.largest[row]);
-        for start in (0..BLOCK_SIZE).step_by(S::WIDTH) {
+        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
             largest = S::max(largest, S::load(scores[start..].as_ptr()));
         }
         let largest = S::largest(largest);
-        for start in (0..BLOCK_SIZE).step_by(S::WIDTH) {
+        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
             let score = S::load(scores[start..].as_ptr());
             S::store(scores[start..].as_mut_ptr(), S::exp(S::sub(score, S::splat(largest))));
         }
         scores[..visible.first].fill(0.0);
         scores[visible.end..].fill(0.0);
+        let mut total = S::splat(0.0);
+        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
+            total = S::add(total, S::load(scores[start..].as_ptr()));
+        }
         let before = state.largest[row];
         if largest > before {
             let factor = S::exp(S::splat(before - largest));
@@ -226,44 +285,6 @@ unsafe fn soften<S: Simd>(state: &mut State, row: usize, head_dim: usize, visibl
             state.totals[row] *= S::largest(factor);
             state.largest[row] = largest;
         }
-    }
-    let mut total = 0.0;
-    for weight in scores {
-        total += *weight;
-    }
-    state.totals[row] += total;
-}
-
-/// `sums[row] += sum over the block's first `keys` keys of weight[row, j] * value[j]`.
-#[inline(always)]
-unsafe fn add_values<S: Simd>(state: &mut State, values: &[f32], rows: usize, keys: usize, head_dim: usize) {
-    for_row_tiles!(S, rows, |row, M| add_values_tile::<S, M>(
-        &state.scores[row * BLOCK_SIZE..(row + M) * BLOCK_SIZE],
-        values,
-        keys,
-        &mut state.sums[row * head_dim..(row + M) * head_dim],
-    ));
-}
-
-#[inline(always)]
-unsafe fn add_values_tile<S: Simd, const M: usize>(
-    weights: &[f32],
-    values: &[f32],
-    keys: usize,
-    sums: &mut [f32],
-) {
-    let head_dim = sums.len() / M;
-    let rows = Rows { from: weights.as_ptr(), stride: BLOCK_SIZE };
-    for column in (0..head_dim).step_by(S::WIDTH) {
-        let columns = FloatColumns { from: values[column..].as_ptr(), stride: head_dim };
-        // SAFETY: there are M rows of weights and sums, the block holds 16 values of head_dim, a multiple
-        // of the width.
-        unsafe {
-            let tile = tile::<S, _, M, 1>(rows, columns, keys);
-            for (member, [value]) in tile.into_iter().enumerate() {
-                let sum = sums[member * head_dim + column..].as_mut_ptr();
-                S::store(sum, S::add(S::load(sum), value));
-            }
-        }
+        state.totals[row] += S::sum(total);
     }
 }

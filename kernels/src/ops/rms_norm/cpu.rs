@@ -1,33 +1,44 @@
 //! The norm on the CPU: row after row; its squares are summed lane by lane, then across lanes.
 
 use super::{Args, RmsNorm};
-use crate::device::cpu::simd::{Simd, dispatch};
-use crate::device::cpu::{Cpu, CpuBuffer};
+use crate::device::cpu::simd::{InstructionSet, Simd, dispatch};
+use crate::device::cpu::{Cpu, CpuBuffer, DisjointSlices};
 use crate::error::KernelError;
+
+/// Elements that a task norms, at least: fewer are faster than another thread hears of them.
+const ELEMENTS_PER_TASK: usize = 16_384;
 
 impl RmsNorm for Cpu {
     fn rms_norm(&self, args: Args<'_, CpuBuffer>) -> Result<(), KernelError> {
         args.check()?;
-        let width = args.width;
-        for row in 0..args.rows {
-            let range = row * width..(row + 1) * width;
-            let residual = &mut args.residual[range.clone()];
-            if let Some(addend) = args.addend {
-                for (residual, addend) in residual.iter_mut().zip(&addend[range.clone()]) {
-                    *residual += addend;
+        let Args { width, rows, epsilon, .. } = args;
+        let rows_per_task = ELEMENTS_PER_TASK.div_ceil(width.max(1));
+        let (weight, addend) = (&args.weight[..width], args.addend.map(|addend| &**addend));
+        let residual = DisjointSlices::new(args.residual);
+        let output = DisjointSlices::new(args.output);
+        let set = self.instruction_set();
+        self.pool().run(rows.div_ceil(rows_per_task), &|task| {
+            for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
+                let range = row * width..(row + 1) * width;
+                // SAFETY: rows are disjoint.
+                let (residual, output) =
+                    unsafe { (residual.slice(range.clone()), output.slice(range.clone())) };
+                if let Some(addend) = addend {
+                    for (residual, addend) in residual.iter_mut().zip(&addend[range]) {
+                        *residual += addend;
+                    }
                 }
+                normalize_row(set, residual, weight, output, epsilon);
             }
-            let output = &mut args.output[range];
-            let (weight, epsilon) = (&args.weight[..width], args.epsilon);
-            // SAFETY: the set was detected, and the four slices have the same width.
-            unsafe {
-                dispatch!(
-                    self.instruction_set(),
-                    normalize(residual: &[f32], weight: &[f32], output: &mut [f32], epsilon: f32)
-                );
-            }
-        }
+        });
         Ok(())
+    }
+}
+
+fn normalize_row(set: InstructionSet, residual: &[f32], weight: &[f32], output: &mut [f32], epsilon: f32) {
+    // SAFETY: the set was detected, and the three slices have the same width.
+    unsafe {
+        dispatch!(set, normalize(residual: &[f32], weight: &[f32], output: &mut [f32], epsilon: f32));
     }
 }
 

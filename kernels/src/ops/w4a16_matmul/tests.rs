@@ -175,6 +175,27 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
     }
 }
 
+/// Sums of integers are exact, and what follows them is the same multiplications and additions.
+#[test]
+fn rounded_activations_give_the_same_bits_on_every_instruction_set_that_fuses_multiply_and_add() {
+    for bits in [4, 5, 8] {
+        for (in_features, group_size) in [(576, 64), (320, 32), (200, 128), (90, 90), (72, 8)] {
+            let shape = Shape { bits, ..shape(100, in_features, group_size) };
+            let (matrix, input) = (matrix(&shape), random(150 * in_features, 2));
+            let sets = InstructionSet::available().into_iter().filter(|&set| set != InstructionSet::Portable);
+            let outputs: Vec<_> = sets
+                .map(|set| {
+                    let cpu = Cpu::with_instruction_set(2, set).with_activations(Activations::Integer);
+                    (set, [1, 2, 3, 4, 9, 16, 150].map(|rows| multiply(&cpu, &input, &matrix, rows)))
+                })
+                .collect();
+            for pair in outputs.windows(2) {
+                assert!(pair[0].1 == pair[1].1, "{:?} and {:?}, {bits} bits", pair[0].0, pair[1].0);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_not_finite_stays_so_when_activations_are_rounded() {
     let minimums = Shape { offsets: OffsetKind::Minimums, ..shape(40, 128, 64) };

@@ -135,9 +135,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
+    unsafe fn to_i32(value: Self::F32) -> Self::I32 {
         // SAFETY: see above.
-        unsafe { _mm256_storeu_si256(to.cast(), _mm256_cvtps_epi32(value)) }
+        unsafe { _mm256_cvtps_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_steps(to: *mut i32, value: Self::I32) {
+        // SAFETY: see above. Each half gives two even bytes, then two odd ones; pairs of both halves follow each other.
+        unsafe {
+            let order = _mm_setr_epi8(0, 8, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+            let low = _mm_shuffle_epi8(_mm256_castsi256_si128(value), order);
+            let high = _mm_shuffle_epi8(_mm256_extracti128_si256::<1>(value), order);
+            _mm_storel_epi64(to.cast(), _mm_unpacklo_epi16(low, high));
+        }
     }
 
     #[inline(always)]

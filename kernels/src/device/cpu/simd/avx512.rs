@@ -10,6 +10,28 @@ use super::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const VNNI: bool>;
 
+impl<const VNNI: bool> Avx512<VNNI> {
+    /// Sixteen integers.
+    ///
+    /// # Safety
+    /// As for [`Simd`].
+    #[inline(always)]
+    pub(crate) unsafe fn load_i32(from: *const i32) -> __m512i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    /// Writes sixteen words.
+    ///
+    /// # Safety
+    /// As for [`Simd`].
+    #[inline(always)]
+    pub(crate) unsafe fn store_u32(to: *mut u32, words: __m512i) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), words) }
+    }
+}
+
 // SAFETY of every block below: the trait's contract (the instruction set is available, pointers are valid
 // for WIDTH elements) is what each intrinsic needs; none of them needs alignment.
 impl<const VNNI: bool> Simd for Avx512<VNNI> {
@@ -158,9 +180,18 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
+    unsafe fn to_i32(value: Self::F32) -> Self::I32 {
         // SAFETY: see above.
-        unsafe { _mm512_storeu_si512(to.cast(), _mm512_cvtps_epi32(value)) }
+        unsafe { _mm512_cvtps_epi32(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_steps(to: *mut i32, value: Self::I32) {
+        // SAFETY: see above.
+        unsafe {
+            let order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+            _mm_storeu_si128(to.cast(), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(value), order));
+        }
     }
 
     #[inline(always)]

@@ -28,6 +28,8 @@ pub enum InstructionSet {
     Avx512,
     /// The same with VNNI's integer dot products.
     Avx512Vnni,
+    /// The same with AMX's products of tiles of bytes.
+    Amx,
 }
 
 impl InstructionSet {
@@ -49,6 +51,9 @@ impl InstructionSet {
                     found.push(Self::Avx512);
                     if is_x86_feature_detected!("avx512vnni") {
                         found.push(Self::Avx512Vnni);
+                        if super::integer_tiles::available() {
+                            found.push(Self::Amx);
+                        }
                     }
                 }
             }
@@ -109,8 +114,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn fifth_bits(words: Self::U32, step: u32) -> [Self::U32; 2];
     unsafe fn or(a: Self::U32, b: Self::U32) -> Self::U32;
     unsafe fn to_f32(value: Self::I32) -> Self::F32;
-    /// Writes the nearest integers.
-    unsafe fn store_rounded(to: *mut i32, value: Self::F32);
+    /// The nearest integers.
+    unsafe fn to_i32(value: Self::F32) -> Self::I32;
+    /// Writes the low bytes of each eight integers as two words: those of 0, 2, 4 and 6, then those of 1, 3, 5 and 7.
+    unsafe fn store_steps(to: *mut i32, value: Self::I32);
     unsafe fn store(to: *mut f32, value: Self::F32);
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn sub(a: Self::F32, b: Self::F32) -> Self::F32;
@@ -184,7 +191,7 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             simd::InstructionSet::Avx512 => with_avx512($($name),*),
             #[cfg(target_arch = "x86_64")]
-            simd::InstructionSet::Avx512Vnni => with_vnni($($name),*),
+            simd::InstructionSet::Avx512Vnni | simd::InstructionSet::Amx => with_vnni($($name),*),
             _ => $function::<simd::Portable $(, $parameter)?>($($name),*),
         }
     }};

@@ -80,7 +80,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn add_i32(a: Self::I32, b: Self::I32) -> Self::I32 {
-        std::array::from_fn(|lane| a[lane] + b[lane])
+        std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]))
     }
     #[inline(always)]
     unsafe fn bits(words: Self::U32, shift: u32, mask: i32) -> Self::F32 {
@@ -99,11 +99,14 @@ impl Simd for Portable {
         value.map(|value| value as f32)
     }
     #[inline(always)]
-    unsafe fn store_rounded(to: *mut i32, value: Self::F32) {
-        // SAFETY: the caller gives LANES writable elements.
-        unsafe {
-            to.cast::<[i32; LANES]>().write_unaligned(value.map(|value| value.round_ties_even() as i32));
-        }
+    unsafe fn to_i32(value: Self::F32) -> Self::I32 {
+        value.map(|value| value.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    unsafe fn store_steps(to: *mut i32, value: Self::I32) {
+        let bytes = [0, 2, 4, 6, 1, 3, 5, 7].map(|lane| value[lane] as u8);
+        // SAFETY: the caller gives LANES writable bytes.
+        unsafe { to.cast::<[u8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Self::F32) {
