@@ -16,7 +16,7 @@ use nibble_kernels::tensor::FloatType;
 use nibble_kernels::{Backend, KernelError};
 use nibble_model::checkpoint::Checkpoint;
 use nibble_model::config::ModelConfig;
-use nibble_model::forward::{Model, ModelError};
+use nibble_model::forward::{Model, ModelError, rounded_copy_bytes};
 
 use crate::hub::model_path;
 use crate::memory;
@@ -300,6 +300,14 @@ impl ChosenDevice {
         match self {
             Self::Cpu { .. } => size_of::<f32>(),
             Self::Cuda { element, .. } => element.bytes(),
+        }
+    }
+
+    /// Bytes of the eight-bit output head that is made beside the embedding table of `checkpoint`.
+    pub(crate) fn head_copy_bytes(&self, checkpoint: &Checkpoint) -> u64 {
+        match self {
+            &Self::Cpu { activations, .. } => rounded_copy_bytes(checkpoint, activations),
+            Self::Cuda { .. } => 0,
         }
     }
 

@@ -100,15 +100,19 @@ impl MemoryPlan {
         Ok(Self { kv_blocks: blocks, kv_block_bytes: block_bytes, max_model_len, shortened_from })
     }
 
-    /// A table for the user.
-    pub(crate) fn table(&self, checkpoint: &Checkpoint) -> String {
+    /// A table for the user; `head_copy_bytes` are those of an output head beside the weights, if there is one.
+    pub(crate) fn table(&self, checkpoint: &Checkpoint, head_copy_bytes: u64) -> String {
         let tokens = self.kv_blocks * BLOCK_SIZE;
-        let mut table = format!(
-            "memory   weights   {:>9}  as in the checkpoint\n\
-             {:9}KV cache  {:>9}  {tokens} tokens in blocks of {BLOCK_SIZE}, {} a token\n\
+        let mut table =
+            format!("memory   weights   {:>9}  as in the checkpoint\n", readable(checkpoint.weight_bytes()));
+        if head_copy_bytes > 0 {
+            let bytes = readable(head_copy_bytes);
+            table +=
+                &format!("         head      {bytes:>9}  the embedding table once more, in eight bits\n");
+        }
+        table += &format!(
+            "         KV cache  {:>9}  {tokens} tokens in blocks of {BLOCK_SIZE}, {} a token\n\
              {:9}sequences of up to {} tokens",
-            readable(checkpoint.weight_bytes()),
-            "",
             readable((self.kv_blocks * self.kv_block_bytes) as u64),
             readable((self.kv_block_bytes / BLOCK_SIZE) as u64),
             "",

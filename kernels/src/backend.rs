@@ -10,7 +10,7 @@ use crate::tensor::{DenseMatrix, QuantizedMatrix};
 ///
 /// Everything is allocated before the first step: operations themselves never allocate and never wait, so
 /// that a device may record a whole step once and replay it.
-pub trait Device {
+pub trait Device: Sync {
     /// Activations, in the device's activation type. Rows are contiguous.
     type Buffer: Length + Send;
     /// Unsigned words: token ids, positions, block tables.

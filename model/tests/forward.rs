@@ -1,10 +1,11 @@
 //! The forward pass on small random models of every architecture: a sequence's logits have the same bits
 //! alone, in a batch, in chunks and over scattered blocks.
 
+use nibble_kernels::backend::Activations;
 use nibble_kernels::device::cpu::Cpu;
 use nibble_model::checkpoint::Checkpoint;
-use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model, SequenceRows};
-use nibble_tests::tiny_model::{TINY_MODELS, TinyModel, VOCABULARY, tokens};
+use nibble_model::forward::{BLOCK_SIZE, Batch, KvCache, Logits, Model, SequenceRows, rounded_copy_bytes};
+use nibble_tests::tiny_model::{HIDDEN, TINY_MODELS, TinyModel, VOCABULARY, tokens};
 
 const MAX_POSITIONS: usize = 160;
 
@@ -103,4 +104,27 @@ fn a_broken_batch_is_refused_with_the_rule_it_breaks() {
     let good = Batch::single(&tokens(10, 1), 0, vec![0]);
     let Logits { rows, vocabulary, .. } = model.forward(&good, &mut cache).expect("a valid batch");
     assert_eq!((rows, vocabulary), (10, VOCABULARY));
+}
+
+#[test]
+fn a_head_in_eight_bits_is_counted_where_it_stands_beside_the_table_it_is_tied_to() {
+    let quantization = serde_json::json!({
+        "quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": false, "sym": true,
+    });
+    for tiny in &TINY_MODELS {
+        for is_quantized in [false, true] {
+            let directory = tempfile::tempdir().expect("a temporary directory");
+            tiny.write(directory.path());
+            let mut config = tiny.config();
+            if is_quantized {
+                config["quantization_config"] = quantization.clone();
+            }
+            std::fs::write(directory.path().join("config.json"), config.to_string()).expect("written");
+            let checkpoint = Checkpoint::open(directory.path()).expect("a valid checkpoint");
+            // A code for each weight, and a scale for each row: it has fewer inputs than a group.
+            let copy = if tiny.tied && is_quantized { VOCABULARY * (HIDDEN + 4) } else { 0 };
+            assert_eq!(rounded_copy_bytes(&checkpoint, Activations::Integer), copy as u64, "{}", tiny.name);
+            assert_eq!(rounded_copy_bytes(&checkpoint, Activations::Float), 0);
+        }
+    }
 }

@@ -7,11 +7,14 @@
 //! Dropping a [`Generation`] aborts what still runs: when a connection ends, the future or the stream that
 //! holds it is dropped, whether its sequences wait, are in prefill, or decode.
 
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use nibble_engine::{
-    EngineHandle, EventSink, FinishReason, RequestEvent, RequestId, SinkState, TokenLogprobs,
+    Blame, EngineHandle, EventSink, Failure, FinishReason, Request, RequestEvent, RequestId, SinkState,
+    TokenLogprobs,
 };
 use nibble_model::detokenizer::Detokenizer;
 use nibble_model::error::CheckpointError;
@@ -35,6 +38,8 @@ pub(crate) struct Generation {
     metrics: RequestMetrics,
     trace: Option<RequestTrace>,
     events: UnboundedReceiver<Delivery>,
+    /// Events that come before those of the channel.
+    next_events: VecDeque<Delivery>,
     /// Why the engine will send nothing more, if that is so.
     given_up: watch::Receiver<Option<Arc<str>>>,
     choices: Vec<Choice>,
@@ -43,6 +48,7 @@ pub(crate) struct Generation {
 }
 
 /// One event of one choice, on its way from the engine thread.
+#[derive(Clone)]
 struct Delivery {
     choice: usize,
     /// When its sequence had its first step.
@@ -75,7 +81,8 @@ impl EventSink for ChannelSink {
 
 /// One sequence and its text so far.
 struct Choice {
-    id: RequestId,
+    /// Absent where the first choice of the prompt is run for all of them.
+    id: Option<RequestId>,
     /// Absent once the choice has ended.
     text: Option<TextState>,
     /// Text that is certain and was not handed out yet.
@@ -84,8 +91,10 @@ struct Choice {
     tokens: Vec<TokenOutput>,
     /// The prompt, if somebody wants to see its tokens, until it was handed out.
     prompt: Vec<TokenOutput>,
-    /// Tokens of it that have their log probability, and the first, which never gets one.
-    scored: usize,
+    /// Tokens of it that still get their log probabilities, the last ones.
+    unscored: usize,
+    /// What came before them: they are computed once, for the first choice of the prompt.
+    held: Vec<Delivery>,
     /// The embedding, once it is there.
     embedding: Option<Vec<f32>>,
     include_stop: bool,
@@ -163,6 +172,7 @@ impl Generation {
             metrics: state.metrics.request(identity.arrived_at),
             trace: RequestTrace::new(state, identity),
             events,
+            next_events: VecDeque::new(),
             given_up: state.given_up.subscribe(),
             choices: Vec::new(),
             choices_per_prompt: request.choices_per_prompt(),
@@ -181,20 +191,21 @@ impl Generation {
             let shown = if request.presentation().shows_prompt() { &prompt.token_ids[..] } else { &[] };
             // The echo of a chat is the endpoint's.
             let echo = if request.presentation().echo { prompt.echo.as_str() } else { "" };
+            let unscored = if request.scores_prompts() { shown.len().saturating_sub(1) } else { 0 };
             for choice in 0..request.choices_per_prompt() {
                 let sink = ChannelSink {
                     choice: generation.choices.len(),
                     started_at: None,
                     events: sender.clone(),
                 };
-                let engine_request = request.engine_request(prompt, choice, tenant);
-                if let Some(trace) = &mut generation.trace {
-                    trace.submits(engine_request.sampling.max_tokens);
-                }
-                let id = generation
-                    .engine
-                    .submit(engine_request, Box::new(sink))
-                    .map_err(|error| ApiError::submit(error, request.prompt_field()))?;
+                let submit = |engine_request: Request| {
+                    if let Some(trace) = &mut generation.trace {
+                        trace.submits(engine_request.sampling.max_tokens);
+                    }
+                    let id = generation.engine.submit(engine_request, Box::new(sink));
+                    id.map_err(|error| ApiError::submit(error, request.prompt_field()))
+                };
+                let id = request.engine_request(prompt, choice, tenant).map(submit).transpose()?;
                 let tokenizer = Arc::clone(&state.model.tokenizer);
                 generation.choices.push(Choice {
                     id,
@@ -206,7 +217,8 @@ impl Generation {
                     ready: echo.to_owned(),
                     tokens: Vec::new(),
                     prompt: shown.iter().enumerate().map(token).collect(),
-                    scored: 1,
+                    unscored,
+                    held: Vec::new(),
                     embedding: None,
                     include_stop: request.include_stop(),
                     generated_tokens: 0,
@@ -224,7 +236,7 @@ impl Generation {
         while self.choices.iter().any(|choice| choice.text.is_some()) {
             let delivery = match self.delivery().await {
                 Ok(delivery) => delivery,
-                Err(message) => return Some(Err(self.fail(&message))),
+                Err(message) => return Some(Err(self.fail(Blame::Engine, &message))),
             };
             match self.take(delivery) {
                 Ok(None) => {}
@@ -237,6 +249,9 @@ impl Generation {
 
     /// The next event of the engine, or why there is none.
     async fn delivery(&mut self) -> Result<Delivery, Arc<str>> {
+        if let Some(delivery) = self.next_events.pop_front() {
+            return Ok(delivery);
+        }
         if let Ok(delivery) = self.events.try_recv() {
             return Ok(delivery);
         }
@@ -289,32 +304,68 @@ impl Generation {
     }
 
     /// Ends every choice with an error.
-    fn fail(&mut self, message: &str) -> ApiError {
+    fn fail(&mut self, blame: Blame, message: &str) -> ApiError {
         if let Some(trace) = &mut self.trace {
             trace.fails("the engine did not finish the request");
         }
         for choice in self.choices.iter_mut().filter(|choice| choice.text.is_some()) {
             choice.text = None;
-            self.engine.abort(choice.id);
+            choice.id.into_iter().for_each(|id| self.engine.abort(id));
             self.metrics.finished(Outcome::Error);
         }
-        ApiError::Unavailable { message: message.to_owned() }
+        let message = message.to_owned();
+        match blame {
+            Blame::Request => ApiError::CannotGoOn { message },
+            Blame::Engine => ApiError::Unavailable { message },
+        }
+    }
+
+    /// The other choices of the prompt of `choice`, if that is the first of them.
+    fn others_of_prompt(&self, choice: usize) -> Range<usize> {
+        let is_first = choice.is_multiple_of(self.choices_per_prompt);
+        choice + 1..if is_first { choice + self.choices_per_prompt } else { choice + 1 }
+    }
+
+    /// Repeats an event of the first choice of a prompt for the others whom it concerns.
+    fn repeat(&mut self, delivery: &Delivery) {
+        for other in self.others_of_prompt(delivery.choice) {
+            let concerns = match delivery.event {
+                RequestEvent::PromptLogprobs { .. } => true,
+                // Its tokens are its own, unless there are none.
+                RequestEvent::Finished { .. } => self.choices[other].id.is_none(),
+                _ => false,
+            };
+            if concerns {
+                self.next_events.push_back(Delivery { choice: other, ..delivery.clone() });
+            }
+        }
     }
 
     fn take(&mut self, delivery: Delivery) -> Result<Option<ChoiceEvent>, ApiError> {
         let index = delivery.choice;
+        self.repeat(&delivery);
         let Some(choice) = self.choices.get_mut(index).filter(|choice| choice.text.is_some()) else {
             return Ok(None); // tokens that were under way when a stop string ended the choice
         };
+        let is_first = index.is_multiple_of(self.choices_per_prompt);
+        let scores = matches!(delivery.event, RequestEvent::PromptLogprobs { .. } | RequestEvent::Failed(_));
+        if choice.unscored > 0 && !is_first && !scores {
+            choice.held.push(delivery);
+            return Ok(None);
+        }
         if let Some(trace) = &mut self.trace {
             let is_token = matches!(delivery.event, RequestEvent::Token { .. });
             trace.hears(delivery.started_at, is_token.then_some(delivery.sent_at));
         }
         let finish = match delivery.event {
             RequestEvent::PromptLogprobs { logprobs } => {
-                for (token, logprobs) in choice.prompt.iter_mut().skip(choice.scored).zip(logprobs) {
+                let first = choice.prompt.len() - choice.unscored;
+                for (token, logprobs) in choice.prompt.iter_mut().skip(first).zip(logprobs) {
                     token.logprobs = Some(logprobs);
-                    choice.scored += 1;
+                    choice.unscored -= 1;
+                }
+                if choice.unscored == 0 {
+                    self.next_events.extend(choice.held.drain(..));
                 }
                 return Ok(None);
             }
@@ -328,7 +379,7 @@ impl Generation {
                 choice.last_token_at = Some(delivery.sent_at);
                 let stopped = choice.push(token_id, logprobs)?;
                 if stopped.is_some() {
-                    self.engine.abort(choice.id);
+                    choice.id.into_iter().for_each(|id| self.engine.abort(id));
                 }
                 stopped
             }
@@ -347,7 +398,7 @@ impl Generation {
                 choice.generated_tokens = completion_tokens.max(choice.generated_tokens);
                 Some(finish)
             }
-            RequestEvent::Failed { message } => return Err(self.fail(&message)),
+            RequestEvent::Failed(Failure { message, blame }) => return Err(self.fail(blame, &message)),
         };
         if let Some(finish) = &finish {
             choice.text = None;
@@ -438,7 +489,7 @@ impl Choice {
 impl Drop for Generation {
     fn drop(&mut self) {
         for choice in self.choices.iter().filter(|choice| choice.text.is_some()) {
-            self.engine.abort(choice.id);
+            choice.id.into_iter().for_each(|id| self.engine.abort(id));
             self.metrics.finished(Outcome::Abort);
             if let Some(trace) = &mut self.trace {
                 trace.fails("the client went away");

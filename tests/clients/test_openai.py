@@ -1,6 +1,7 @@
 """OpenAI's Python client, httpx and curl against a running server with a real model."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,33 @@ def test_a_seed_reproduces_a_sample(client, server):
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_texts_are_embedded(client, server):
+    texts = ["The cat sat on the mat.", "A kitten is on the rug.", "The cat sat on the mat."]
+    # The client asks for base64 unless told otherwise, and decodes it.
+    answer = client.embeddings.create(model=server.model, input=texts)
+    vectors = [entry.embedding for entry in answer.data]
+    assert [entry.index for entry in answer.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert all(math.isclose(math.hypot(*vector), 1, rel_tol=1e-5) for vector in vectors)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 12
+    as_numbers = client.embeddings.create(model=server.model, input=texts[1], encoding_format="float").data[0]
+    assert as_numbers.embedding == pytest.approx(vectors[1], abs=1e-7)
+    short = client.embeddings.create(model=server.model, input=texts[1], dimensions=16).data[0].embedding
+    assert len(short) == 16 and math.isclose(math.hypot(*short), 1, rel_tol=1e-5)
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": texts[0]}).json()["tokens"]
+    of_tokens = client.embeddings.create(model=server.model, input=[tokens, tokens[:2]]).data
+    assert of_tokens[0].embedding == vectors[0] != of_tokens[1].embedding
+
+
+def test_an_embedding_with_a_bad_field_is_refused_by_name(client, server):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.embeddings.create(model=server.model, input="a", dimensions=1_000_000)
+    assert error.value.param == "dimensions"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.embeddings.create(model=server.model, input=[])
+    assert error.value.param == "input"
+
+
 def test_an_unknown_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
@@ -120,6 +148,27 @@ def test_streams_at_once_say_what_they_say_alone(client, server):
     with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
         together = list(pool.map(run, 2 * PROMPTS))
     assert together == 2 * alone
+
+
+def test_one_connection_of_http_2_carries_all(server):
+    with httpx.Client(http1=False, http2=True, limits=httpx.Limits(max_connections=1)) as http:
+        assert http.get(f"{server.url}/health").http_version == "HTTP/2"
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http)
+
+        def run(prompt):
+            stream = client.completions.create(
+                model=server.model, prompt=prompt, max_tokens=24, temperature=0, stream=True
+            )
+            return text_of(stream)
+
+        assert run(PROMPTS[0]) == run(PROMPTS[0]) != run(PROMPTS[1])
+        # httpx does not reset a stream that it leaves (Node does, see its tests): the connection ends with it.
+        aborted = server.metric("nibble:request_success_total", 'finished_reason="abort"')
+        body = endless(server)
+        extra = {"ignore_eos": body.pop("ignore_eos")}
+        next(iter(client.completions.create(**body, stream=True, n=2, extra_body=extra)))
+    server.eventually("the sequences of a connection that ended still run", server.is_idle)
+    assert server.metric("nibble:request_success_total", 'finished_reason="abort"') == aborted + 2
 
 
 def endless(server, **options):

@@ -7,8 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use nibble_engine::{
-    Engine, EngineConfig, EventSink, FinishReason, ModelRunner, Request, RequestEvent, SamplingParameters,
-    SinkState,
+    Engine, EngineConfig, EventSink, Failure, FinishReason, ModelRunner, Request, RequestEvent,
+    SamplingParameters, SinkState,
 };
 use nibble_kernels::Backend;
 use nibble_model::chat_template::ChatInputs;
@@ -170,7 +170,7 @@ fn receive(
                 None
             }
             RequestEvent::Finished { reason, completion_tokens, .. } => Some((reason, completion_tokens)),
-            RequestEvent::Failed { message } => bail!("the engine has failed: {message}"),
+            RequestEvent::Failed(Failure { message, .. }) => bail!("the engine has failed: {message}"),
         };
         let piece = match (&ended, token_ids.last()) {
             (None, Some(&token_id)) => detokenizer.push(token_id)?,

@@ -7,6 +7,8 @@
 //! addend   = down(silu(gate(x)) * up(x))          added by the norm that comes next
 //! ```
 
+use std::collections::HashMap;
+
 use nibble_kernels::KernelError;
 use nibble_kernels::backend::Backend;
 use nibble_kernels::ops::{paged_attention, rms_norm, rotary_embedding, silu_mul};
@@ -184,13 +186,25 @@ pub(crate) struct LayerContext<'a, B: Backend> {
 }
 
 impl<B: Backend> DecoderLayer<B> {
-    /// Reads layer `index` from `checkpoint`.
+    /// Reads layer `index` from `checkpoint`, its linear layers side by side: to unpack and pack them takes longer than to
+    /// read them.
     ///
     /// # Errors
     /// When a tensor is missing or malformed, or the device has no kernel for it.
     pub fn load(backend: &B, checkpoint: &Checkpoint, index: usize) -> Result<Self, ModelError> {
-        Self::load_with(backend, checkpoint, index, |role| {
+        let load = |role: LinearRole| {
             Linear::load(backend, checkpoint, &role.spec(checkpoint.config(), index))
+                .map(|linear| (role, linear))
+        };
+        let mut linears = std::thread::scope(|scope| {
+            let loading = LinearRole::ALL.map(|role| scope.spawn(move || load(role)));
+            let loaded = loading
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            loaded.collect::<Result<HashMap<_, _>, _>>()
+        })?;
+        Self::load_with(backend, checkpoint, index, |role| {
+            Ok(linears.remove(&role).unwrap_or_else(|| unreachable!("each role is asked for once")))
         })
     }
 

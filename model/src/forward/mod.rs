@@ -25,7 +25,7 @@ pub use layer_runner::LayerRunner;
 pub use linear::{Linear, LinearSpec};
 pub use model::{KvCache, Model, kv_block_bytes};
 use nibble_kernels::KernelError;
-pub use output_stage::{FinalNorm, OutputHead};
+pub use output_stage::{FinalNorm, OutputHead, rounded_copy_bytes};
 pub(crate) use output_stage::{OutputStage, load_output_head};
 pub(crate) use streamed::{EMBEDDING, through_layers};
 pub use streamed::{embed, streamed_logits};

@@ -113,6 +113,24 @@ pub(crate) fn load_output_head<B: Backend>(
     Ok(pack_output_head(backend, config, weight)?)
 }
 
+/// Bytes of the output head that is made of the embedding table of `checkpoint` and stands beside it, where the two are
+/// tied and the device rounds `activations` and with them a dense head; 0 where there is no such copy in memory.
+pub fn rounded_copy_bytes(checkpoint: &Checkpoint, activations: Activations) -> u64 {
+    let config = checkpoint.config();
+    let stays_in_the_file = checkpoint.embedding_rows(EMBEDDING).is_some();
+    if !config.tie_word_embeddings || !rounds_head(config, activations) || stays_in_the_file {
+        return 0;
+    }
+    let codes = config.hidden_size * ROUNDED_BITS as usize / 8;
+    let scales = config.hidden_size.div_ceil(ROUNDED_GROUP) * size_of::<f32>();
+    (config.vocabulary_size * (codes + scales)) as u64
+}
+
+/// Whether a dense output head is rounded when it is loaded.
+fn rounds_head(config: &ModelConfig, activations: Activations) -> bool {
+    activations == Activations::Integer && config.quantization.is_some()
+}
+
 /// Packs an output head. A dense one of a quantized model is rounded where the device rounds activations.
 ///
 /// # Errors
@@ -122,11 +140,11 @@ pub(crate) fn pack_output_head<B: Backend>(
     config: &ModelConfig,
     weight: LinearWeight<'_>,
 ) -> Result<Linear<B>, KernelError> {
-    let weight = match (weight, backend.activations()) {
-        (LinearWeight::Dense(matrix), Activations::Integer) if config.quantization.is_some() => {
+    let weight = match weight {
+        LinearWeight::Dense(matrix) if rounds_head(config, backend.activations()) => {
             LinearWeight::Quantized(QuantizedMatrix::round_to_nearest(&matrix, ROUNDED_BITS, ROUNDED_GROUP)?)
         }
-        (weight, _) => weight,
+        weight => weight,
     };
     Linear::pack(backend, &LinearSpec::output_head(config).name, &weight, None)
 }

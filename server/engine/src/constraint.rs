@@ -29,6 +29,34 @@ pub trait TokenConstraint: Send {
     /// When `completion` is not one that the constraint allows, or the work exceeds its budget.
     fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError>;
 
+    /// What [`TokenConstraint::allowed_after`] says of `completion`, then of `completion` and the first token of `draft`,
+    /// and so on, until a token of the draft may not come or the constraint cannot say: at most one more than the draft
+    /// has tokens. Leaves the constraint where `completion` ends.
+    fn allowed_along(
+        &mut self,
+        completion: &[u32],
+        draft: &[u32],
+    ) -> Vec<Result<TokenMask, ConstraintError>> {
+        let mut masks = vec![self.allowed_after(completion)];
+        let mut ahead: Option<Box<dyn TokenConstraint>> = None;
+        let mut tokens = completion.to_vec();
+        for &token in draft {
+            if !matches!(masks.last(), Some(Ok(mask)) if mask.allows(token)) {
+                break;
+            }
+            tokens.push(token);
+            masks.push(ahead.get_or_insert_with(|| self.boxed_clone()).allowed_after(&tokens));
+        }
+        masks
+    }
+
+    /// A guess at tokens that must follow `completion`, because the constraint leaves no other text; none if it leaves
+    /// any, or does not know. They are tried as a draft, so that a wrong guess costs time but changes no token.
+    fn forced_after(&mut self, completion: &[u32]) -> Vec<u32> {
+        let _ = completion;
+        Vec::new()
+    }
+
     /// The same constraint for another sequence, independent of this one.
     fn boxed_clone(&self) -> Box<dyn TokenConstraint>;
 }

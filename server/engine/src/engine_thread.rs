@@ -10,7 +10,7 @@ use nibble_model::forward::{Batch, Logits};
 use crate::engine::{EngineFailure, panic_message};
 use crate::handle::{Command, Health, Shared, Submission};
 use crate::ledger::Ledger;
-use crate::request::{RequestEvent, RequestId, SinkState};
+use crate::request::{Failure, RequestEvent, RequestId, SinkState};
 use crate::runner::{RunnerLimits, StepError, StepRunner, StepValues};
 use crate::sampling::{LogitRow, NextToken, Sampler, SamplingRow, TokenLogprobs, on_device};
 use crate::scheduler::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
@@ -165,7 +165,7 @@ impl EngineThread {
         &mut self,
         plan: &StepPlan,
         logits: Option<&Logits>,
-    ) -> Result<Vec<Result<u32, String>>, StepError> {
+    ) -> Result<Vec<Result<u32, Failure>>, StepError> {
         let mut rows = Vec::with_capacity(plan.batch.logit_rows.len());
         let row = |index: usize| logits.map_or(&[][..], |logits| logits.row(index));
         for (planned, batch_rows) in plan.entries.iter().zip(&plan.batch.sequences) {
@@ -189,7 +189,7 @@ impl EngineThread {
         for outcome in sampled {
             let (token, logprobs) = match outcome {
                 Ok(NextToken { token_id, logprobs }) => (Ok(token_id), logprobs),
-                Err(error) => (Err(error.to_string()), None),
+                Err(error) => (Err(error.into()), None),
             };
             tokens.push(token);
             self.logprobs.push(logprobs);
@@ -275,8 +275,8 @@ impl EngineThread {
                         };
                         self.ledger.close(request, finished);
                     }
-                    EffectKind::Failed { message } => {
-                        self.ledger.close(request, RequestEvent::Failed { message });
+                    EffectKind::Failed(failure) => {
+                        self.ledger.close(request, RequestEvent::Failed(failure));
                     }
                 }
             }

@@ -28,7 +28,7 @@ pub struct EngineConfig {
     /// prompts in fewer steps.
     pub max_prompt_logit_rows: usize,
     /// Most tokens of a sequence that a step computes on the guess that it repeats itself (prompt lookup); 0 for none.
-    /// Changes no token. A sequence with a constraint makes no guesses.
+    /// Changes no token.
     pub max_draft_tokens: usize,
     /// Most tokens of a step, decoded ones and guesses together, up to which guesses are made: they pay while a step
     /// takes as long for a few tokens as for one.

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::request::{EventSink, RequestEvent, RequestId, SinkState};
+use crate::request::{EventSink, Failure, RequestEvent, RequestId, SinkState};
 
 /// The accounts of the open requests.
 #[derive(Default)]
@@ -49,7 +49,7 @@ impl Ledger {
         let sinks = std::mem::take(&mut self.sinks);
         let requests = sinks.len();
         for mut sink in sinks.into_values() {
-            let failed = RequestEvent::Failed { message: message.to_owned() };
+            let failed = RequestEvent::Failed(Failure::of_engine(message));
             // A sink that panics, perhaps the one that brought the engine down, must not silence the others.
             let _ = catch_unwind(AssertUnwindSafe(|| sink.send(failed)));
         }

@@ -26,7 +26,7 @@ pub use engine::{Engine, EngineFailure, StartError};
 pub use handle::{EngineConfig, EngineHandle, Health, SubmitError};
 pub use model_runner::ModelRunner;
 pub use nibble_model::pooling_config::Pooling;
-pub use request::{EventSink, FinishReason, Request, RequestEvent, RequestId, SinkState};
+pub use request::{Blame, EventSink, Failure, FinishReason, Request, RequestEvent, RequestId, SinkState};
 pub use runner::{DeviceSampler, RunnerLimits, StepError, StepRunner, StepValues};
 pub use sampling::{InvalidParameter, SamplingParameters, TokenLogprob, TokenLogprobs};
 pub use stats::{EngineStats, FinishedCounts, Histogram, token_bounds};

@@ -99,10 +99,32 @@ pub enum RequestEvent {
         completion_tokens: usize,
     },
     /// The engine could not go on with the request.
-    Failed {
-        /// What happened, for a log and for the client.
-        message: String,
-    },
+    Failed(Failure),
+}
+
+/// Why the engine could not go on with a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What happened, for a log and for the client.
+    pub message: String,
+    /// Who could have helped it.
+    pub blame: Blame,
+}
+
+/// Who could have helped a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The request: what it asks for leaves no token, or more work than may be spent on one. It would fail again.
+    Request,
+    /// The engine, its model, or the machine.
+    Engine,
+}
+
+impl Failure {
+    /// A failure that no request could have helped.
+    pub(crate) fn of_engine(message: impl Into<String>) -> Self {
+        Self { message: message.into(), blame: Blame::Engine }
+    }
 }
 
 /// Whether anybody still reads what a sink is given.

@@ -77,6 +77,8 @@ pub(crate) struct Sequence {
     tokens: Vec<u32>,
     /// Tokens of the draft.
     draft_tokens: usize,
+    /// Whether the draft is what the constraint leaves, not what was looked up.
+    draft_is_forced: bool,
     /// Makes drafts, for sequences that may have one.
     lookup: Option<PromptLookup>,
     prompt_tokens: usize,
@@ -89,8 +91,8 @@ pub(crate) struct Sequence {
     constraint: Option<Box<dyn TokenConstraint>>,
     /// Whose blocks it shares.
     cache_salt: Option<Arc<str>>,
-    /// What the constraint allows as the next token.
-    allowed: Option<Result<TokenMask, ConstraintError>>,
+    /// What the constraint allows as the next token, and behind each token of the draft that it allows.
+    allowed: Vec<Result<TokenMask, ConstraintError>>,
 }
 
 impl Sequence {
@@ -131,10 +133,11 @@ impl Sequence {
             prompt_tokens_found: 0,
             tokens: prompt,
             draft_tokens: 0,
+            draft_is_forced: false,
             lookup: None,
             stop_tokens,
             constraint,
-            allowed: None,
+            allowed: Vec::new(),
         }
     }
 
@@ -163,12 +166,18 @@ impl Sequence {
         let to_feed_back = self.sampling.max_tokens.saturating_sub(self.completion().len() + 1);
         let most = most.min(to_feed_back);
         // Where there is no room for a draft nothing is looked up, either: a large batch never pays for it.
-        if most == 0 || self.is_constrained() {
+        if most == 0 {
             return;
         }
         let known = self.tokens.len();
-        let lookup = self.lookup.get_or_insert_with(|| PromptLookup::new(longest));
-        lookup.draft(&mut self.tokens, most);
+        let completion = &self.tokens[self.prompt_tokens..];
+        let forced = self.constraint.as_mut().map(|constraint| constraint.forced_after(completion));
+        self.tokens.extend(forced.into_iter().flatten().take(most));
+        self.draft_is_forced = self.tokens.len() > known;
+        if !self.draft_is_forced {
+            let lookup = self.lookup.get_or_insert_with(|| PromptLookup::new(longest));
+            lookup.draft(&mut self.tokens, most);
+        }
         self.draft_tokens = self.tokens.len() - known;
     }
 
@@ -180,7 +189,7 @@ impl Sequence {
     /// Learns how many tokens of a draft were right: their keys and values are in the blocks.
     pub(crate) fn confirm(&mut self, drafted: usize, right: usize) {
         self.computed += right;
-        if let Some(lookup) = &mut self.lookup {
+        if let Some(lookup) = self.lookup.as_mut().filter(|_| !self.draft_is_forced) {
             lookup.learn(drafted, right);
         }
     }
@@ -210,16 +219,18 @@ impl Sequence {
         self.constraint.is_some()
     }
 
-    /// Asks the constraint what may follow the completion so far.
+    /// Asks the constraint what may follow the completion so far, and along the draft.
     pub(crate) fn constrain(&mut self) {
         if let Some(constraint) = &mut self.constraint {
-            self.allowed = Some(constraint.allowed_after(&self.tokens[self.prompt_tokens..]));
+            let (known, draft) = self.tokens.split_at(self.tokens.len() - self.draft_tokens);
+            self.allowed = constraint.allowed_along(&known[self.prompt_tokens..], draft);
         }
     }
 
-    /// What the constraint allows, as of the last [`Sequence::constrain`]; `None` without a constraint.
-    pub(crate) fn allowed(&self) -> Option<&Result<TokenMask, ConstraintError>> {
-        self.allowed.as_ref()
+    /// What the constraint allows after the first `drafted` tokens of the draft, as of the last [`Sequence::constrain`];
+    /// `None` without a constraint. Behind a token that it does not allow, anything: the draft ends before that.
+    pub(crate) fn allowed(&self, drafted: usize) -> Option<&Result<TokenMask, ConstraintError>> {
+        self.allowed.get(drafted).or(self.allowed.last())
     }
 
     /// Known tokens that must be computed before the next one can be sampled: 1 while decoding, more for a

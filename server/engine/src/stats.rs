@@ -111,6 +111,8 @@ pub struct EngineStats {
     pub drafts: u64,
     /// Tokens of these drafts.
     pub draft_tokens: u64,
+    /// Of these drafts, by the number of their tokens, from 1.
+    pub drafts_by_length: Vec<u64>,
     /// By place in a draft, from its first token: those that were right.
     pub accepted_draft_tokens: Vec<u64>,
     /// Steps completed.
@@ -161,6 +163,7 @@ impl EngineStats {
             generation_tokens: 0,
             drafts: 0,
             draft_tokens: 0,
+            drafts_by_length: vec![0; config.max_draft_tokens],
             accepted_draft_tokens: vec![0; config.max_draft_tokens],
             steps: 0,
             last_step_age: None,

@@ -5,8 +5,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use nibble_engine::{
-    Engine, EngineConfig, EventSink, FinishReason, Health, Request, RequestEvent, RequestId, SinkState,
-    StartError, SubmitError,
+    Blame, Engine, EngineConfig, EventSink, Failure, FinishReason, Health, Request, RequestEvent, RequestId,
+    SinkState, StartError, SubmitError,
 };
 use support::requests::{EOS, VOCABULARY, prompt, runner, sampled, start};
 use support::{
@@ -174,7 +174,7 @@ fn a_runner_that_fails_panics_or_answers_nonsense_fails_every_open_request() {
         for stream in streams {
             let end = stream.finish().end;
             assert!(
-                matches!(&end, RequestEvent::Failed { message: found } if found.contains(message)),
+                matches!(&end, RequestEvent::Failed(failure) if failure.message.contains(message)),
                 "{end:?}"
             );
         }
@@ -205,7 +205,10 @@ fn a_sink_that_panics_fails_the_engine_and_every_other_request_hears_of_it() {
     drop(gate);
     for stream in [before, after] {
         let end = stream.finish().end;
-        assert!(matches!(&end, RequestEvent::Failed { message } if message.contains("no place")), "{end:?}");
+        assert!(
+            matches!(&end, RequestEvent::Failed(failure) if failure.message.contains("no place")),
+            "{end:?}"
+        );
     }
     assert!(engine.join().is_err_and(|failure| failure.message.contains("no place")));
     assert!(matches!(handle.health(), Health::Failed { .. }));
@@ -221,7 +224,8 @@ fn sampled_long(seed: u64) -> Request {
 fn logits_that_are_not_numbers_fail_the_request_alone() {
     let (engine, handle) = start(runner(64).with_fault(0, Fault::NotANumber), EngineConfig::default());
     let end = Stream::submit(&handle, greedy(vec![1], 5)).expect("accepted").finish().end;
-    assert!(matches!(&end, RequestEvent::Failed { message } if message.contains("not finite")), "{end:?}");
+    let RequestEvent::Failed(Failure { message, blame: Blame::Engine }) = end else { panic!("{end:?}") };
+    assert!(message.contains("not finite"), "{message}");
     let request = greedy(vec![1], 5);
     let completion = Stream::submit(&handle, request.clone()).expect("accepted").finish();
     assert_eq!(completion.token_ids, expected_greedy(&request, VOCABULARY, EOS).0);

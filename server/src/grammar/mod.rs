@@ -151,10 +151,10 @@ impl Grammars {
             }
         };
         if let Some(matcher) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            return Ok(Box::new(GrammarConstraint::new(matcher)));
+            return Ok(Box::new(GrammarConstraint::new(matcher, Arc::clone(&self.tokenizer))));
         }
         let matcher = self.matcher(grammar, key.text.len())?;
-        let constraint = GrammarConstraint::new(matcher.deep_clone());
+        let constraint = GrammarConstraint::new(matcher.deep_clone(), Arc::clone(&self.tokenizer));
         self.cache.lock().unwrap_or_else(PoisonError::into_inner).insert(key, matcher);
         Ok(Box::new(constraint))
     }

@@ -156,6 +156,90 @@ fn the_end_is_allowed_where_the_text_may_end_and_alone_where_it_must() {
     assert!(constraint.allowed_after(&[a, a, a]).is_err());
 }
 
+/// Holds what `constraint` says along random drafts against what copies of it say step by step, on the way of a random
+/// completion, which likes the tokens `favourites`; returns how many tokens of drafts were allowed.
+pub(crate) fn drafts_are_as_step_by_step(
+    constraint: &dyn TokenConstraint,
+    seed: u64,
+    favourites: &[u32],
+) -> usize {
+    let mut constraint = constraint.boxed_clone();
+    let mut state = seed;
+    let mut below = move |bound: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % bound
+    };
+    let mut choose = |mask: &TokenMask| {
+        let liked: Vec<u32> = favourites.iter().copied().filter(|&token| mask.allows(token)).collect();
+        let choices = if liked.is_empty() || below(2) == 0 { allowed(mask) } else { liked };
+        (choices[below(choices.len())], below(8) == 0, below(VOCABULARY) as u32)
+    };
+    let (mut completion, mut allowed_tokens) = (Vec::new(), 0);
+    for _ in 0..30 {
+        let mut step_by_step = constraint.boxed_clone();
+        let mut draft = Vec::new();
+        let mut expected = vec![step_by_step.allowed_after(&completion)];
+        while let Some(Ok(mask)) = expected.last()
+            && draft.len() < 6
+        {
+            let (good, guesses, guess) = choose(mask);
+            let token = if guesses { guess } else { good };
+            let is_allowed = mask.allows(token);
+            draft.push(token);
+            if !is_allowed {
+                // Whatever follows does not matter.
+                draft.extend([97, 98]);
+                break;
+            }
+            expected.push(step_by_step.allowed_after(&[&completion[..], &draft].concat()));
+            allowed_tokens += 1;
+        }
+        assert_eq!(constraint.allowed_along(&completion, &draft), expected, "{completion:?} {draft:?}");
+        let forced = constraint.forced_after(&completion);
+        assert_eq!(constraint.forced_after(&completion), forced, "a guess moves nothing");
+        let Some(Ok(mask)) = expected.first() else { break };
+        let (token, ..) = choose(mask);
+        if token == END {
+            break;
+        }
+        completion.push(token);
+    }
+    allowed_tokens
+}
+
+#[test]
+fn what_may_come_along_a_draft_is_what_may_come_step_by_step() {
+    let grammars = grammars();
+    let schema =
+        json!({"type": "object", "properties": {"abab": {"type": "boolean"}, "b": {"enum": ["ab12", "ab"]}}});
+    let mut allowed_tokens = 0;
+    for grammar in [
+        Grammar::JsonSchema(schema),
+        Grammar::json_object(),
+        Grammar::Regex("(ab|12)*true".to_owned()),
+        Grammar::Lark("start: \"(\" start \")\" | \"x\"".to_owned()),
+    ] {
+        let constraint = grammars.compile(grammar).unwrap();
+        for seed in 0..20 {
+            allowed_tokens += drafts_are_as_step_by_step(&*constraint, seed, &[]);
+        }
+    }
+    assert!(allowed_tokens > 3000, "{allowed_tokens}");
+}
+
+#[test]
+fn text_that_the_grammar_forces_is_guessed() {
+    let grammars = grammars();
+    let mut constraint = grammars.compile(Grammar::Regex("ab12(true|null)x".to_owned())).unwrap();
+    let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+    let tokens = |text: &str| grammars.tokenizer.encode(text, false).unwrap();
+    assert_eq!(constraint.forced_after(&[]), tokens("ab12"));
+    assert_eq!(constraint.forced_after(&bytes("a")), tokens("b12"));
+    assert!(constraint.forced_after(&bytes("ab12")).is_empty());
+    assert_eq!(constraint.forced_after(&bytes("ab12t")), tokens("ruex"));
+    assert!(constraint.forced_after(&bytes("ab12truex")).is_empty(), "the end is no text");
+}
+
 #[test]
 fn grammars_that_cannot_be_followed_are_refused() {
     let grammars = grammars();

@@ -24,8 +24,8 @@ enum Reading {
     Gauges(&'static str, fn(&EngineStats) -> Vec<(&'static str, f64)>),
     /// One counter for each value of the label.
     Counters(&'static str, fn(&EngineStats) -> Vec<(&'static str, u64)>),
-    /// One counter for each place from 0 on, the value of the label.
-    CountersByPlace(&'static str, fn(&EngineStats) -> &[u64]),
+    /// One counter for each number from the given one on, the value of the label.
+    NumberedCounters(&'static str, usize, fn(&EngineStats) -> &[u64]),
 }
 
 const fn row(name: &'static str, help: &'static str, reading: Reading) -> Row {
@@ -46,12 +46,29 @@ const ROWS: &[Row] = &[
     row(
         "nibble:num_requests_waiting_by_reason",
         "Sequences that wait, by what for; there is nothing but capacity here.",
-        Reading::Gauges("reason", |stats| vec![("capacity", stats.waiting as f64)]),
+        Reading::Gauges("reason", |stats| vec![("capacity", stats.waiting as f64), ("deferred", 0.0)]),
+    ),
+    row(
+        "nibble:num_requests_swapped",
+        "Sequences whose KV blocks are elsewhere; always 0.",
+        Reading::Gauge(|_| 0.0),
+    ),
+    row(
+        "nibble:engine_sleep_state",
+        "1 for the state that the engine is in; it never sleeps.",
+        Reading::Gauges("sleep_state", |_| {
+            vec![("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)]
+        }),
     ),
     row(
         "nibble:kv_cache_usage_perc",
         "Part of the KV blocks in use, from 0 to 1.",
         Reading::Gauge(|stats| stats.kv_blocks_used as f64 / stats.kv_blocks_total.max(1) as f64),
+    ),
+    row(
+        "nibble:cpu_cache_usage_perc",
+        "Part of a second KV cache in use; there is none: always 0.",
+        Reading::Gauge(|_| 0.0),
     ),
     row(
         "nibble:last_step_age_seconds",
@@ -73,7 +90,8 @@ const ROWS: &[Row] = &[
         "Prompt tokens by where they came from.",
         Reading::Counters("source", |stats| {
             let computed = stats.prompt_tokens - stats.prompt_tokens_cached;
-            vec![("local_compute", computed), ("local_cache_hit", stats.prompt_tokens_cached)]
+            let cached = stats.prompt_tokens_cached;
+            vec![("local_compute", computed), ("local_cache_hit", cached), ("external_kv_transfer", 0)]
         }),
     ),
     row(
@@ -95,6 +113,31 @@ const ROWS: &[Row] = &[
         "nibble:prefix_cache_hits_total",
         "Tokens found in the prefix cache.",
         Reading::Counter(|stats| stats.prefix_cache_hits),
+    ),
+    row(
+        "nibble:external_prefix_cache_queries_total",
+        "Tokens looked up in a cache outside this engine; there is none: always 0.",
+        Reading::Counter(|_| 0),
+    ),
+    row(
+        "nibble:external_prefix_cache_hits_total",
+        "Tokens found in a cache outside this engine; there is none: always 0.",
+        Reading::Counter(|_| 0),
+    ),
+    row(
+        "nibble:mm_cache_queries_total",
+        "Images and the like looked up in a cache; there are none: always 0.",
+        Reading::Counter(|_| 0),
+    ),
+    row(
+        "nibble:mm_cache_hits_total",
+        "Images and the like found in a cache; there are none: always 0.",
+        Reading::Counter(|_| 0),
+    ),
+    row(
+        "nibble:tokens_total",
+        "Prompt tokens and tokens generated.",
+        Reading::Counter(|stats| stats.prompt_tokens + stats.generation_tokens),
     ),
     row(
         "nibble:generation_tokens_total",
@@ -119,7 +162,12 @@ const ROWS: &[Row] = &[
     row(
         "nibble:spec_decode_num_accepted_tokens_per_pos_total",
         "Tokens of drafts that were right, by place in the draft.",
-        Reading::CountersByPlace("position", |stats| &stats.accepted_draft_tokens),
+        Reading::NumberedCounters("position", 0, |stats| &stats.accepted_draft_tokens),
+    ),
+    row(
+        "nibble:spec_decode_num_drafts_by_draft_length_total",
+        "Drafts by the number of their tokens.",
+        Reading::NumberedCounters("draft_length", 1, |stats| &stats.drafts_by_length),
     ),
     row(
         "nibble:iteration_tokens_total",
@@ -222,10 +270,10 @@ fn family_of(row: &Row, stats: &EngineStats) -> MetricFamily {
             let metrics = metrics.map(|(of, value)| labelled(counter(value), &[(label, of)]));
             (MetricType::COUNTER, metrics.collect())
         }
-        Reading::CountersByPlace(label, values) => {
-            let metrics = values(stats).iter().enumerate();
+        Reading::NumberedCounters(label, first, values) => {
+            let metrics = values(stats).iter().zip(first..);
             let metrics =
-                metrics.map(|(place, &value)| labelled(counter(value), &[(label, &place.to_string())]));
+                metrics.map(|(&value, number)| labelled(counter(value), &[(label, &number.to_string())]));
             (MetricType::COUNTER, metrics.collect())
         }
     };

@@ -10,6 +10,9 @@ const VLLM: &str = "vllm:";
 /// What vLLM has nothing like.
 const ONLY_OURS: &[&str] = &["last_step_age_seconds"];
 
+/// What only vLLM's older dashboards ask for.
+const ONLY_VLLM: &[&str] = &["num_requests_swapped", "cpu_cache_usage_perc", "tokens_total"];
+
 /// Names of today and those that vLLM gave the same things earlier.
 const RETIRED: &[(&str, &str)] = &[
     ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
@@ -28,10 +31,9 @@ pub(super) fn text(registries: [&Registry; 2], vllm_names: bool) -> prometheus::
         .flat_map(|registry| registry.gather())
         .filter(|f| !f.get_metric().is_empty())
         .collect();
-    if vllm_names {
-        let named: Vec<_> = families.iter().flat_map(under_vllm_names).collect();
-        families.extend(named);
-    }
+    let named: Vec<_> = families.iter().filter(|_| vllm_names).flat_map(under_vllm_names).collect();
+    families.retain(|family| family.name().strip_prefix(OURS).is_none_or(|name| !ONLY_VLLM.contains(&name)));
+    families.extend(named);
     let mut text = Vec::new();
     TextEncoder::new().encode(&families, &mut text)?;
     Ok(text)

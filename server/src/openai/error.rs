@@ -48,6 +48,9 @@ pub(crate) enum ApiError {
     /// A field whose value would change the answer, in a way that is not built.
     #[error("{param} is {found}, which is not supported; leave it out")]
     UnsupportedField { param: String, found: String },
+    /// A completion for which the request leaves no next token.
+    #[error("{message}")]
+    CannotGoOn { message: String },
     /// A prompt that can never be held.
     #[error("{message}")]
     ContextLength { param: String, message: String },
@@ -149,6 +152,7 @@ impl ApiError {
                 (StatusCode::BAD_REQUEST, INVALID, Some("unsupported_parameter"))
             }
             Self::ContextLength { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded")),
+            Self::CannotGoOn { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("no_token_left")),
             Self::ChatTemplate(_) => (StatusCode::BAD_REQUEST, INVALID, Some("chat_template_error")),
             Self::NoChatTemplate { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("no_chat_template")),
             Self::ModelNotFound { .. } => (StatusCode::NOT_FOUND, INVALID, Some("model_not_found")),

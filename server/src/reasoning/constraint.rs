@@ -7,9 +7,15 @@ use super::{CLOSING, Reasoning, Thinking};
 /// Lets a model think freely, then holds its answer to another constraint. Thoughts do not end the answer: the
 /// end-of-sequence tokens come after it.
 pub(super) struct AfterThinking {
+    thoughts: Thoughts,
+    answer: Box<dyn TokenConstraint>,
+}
+
+/// Where a completion is, in its thoughts or behind them.
+#[derive(Clone)]
+struct Thoughts {
     tags: Reasoning,
     state: State,
-    answer: Box<dyn TokenConstraint>,
     /// Tokens of the completion that were looked at.
     seen: usize,
     /// The last bytes of the thoughts, as many as may be the beginning of the closing tag.
@@ -27,35 +33,22 @@ enum State {
     },
 }
 
-impl AfterThinking {
-    /// A constraint at the beginning of a completion.
-    pub(super) fn new(tags: Reasoning, thinking: Thinking, answer: Box<dyn TokenConstraint>) -> Self {
-        let state = match thinking {
-            Thinking::Begun => State::Thinking,
-            Thinking::Possible => State::Start,
-            Thinking::Over => State::Answer { from: 0 },
-        };
-        Self { tags, state, answer, seen: 0, tail: Vec::new() }
-    }
-
-    /// Takes the tokens of `completion` that are new.
+impl Thoughts {
+    /// Takes a token.
     ///
     /// # Errors
-    /// When a token ends the thoughts and begins the answer at once: nobody could say whether it may come.
-    fn advance(&mut self, completion: &[u32]) -> Result<(), ConstraintError> {
-        while self.seen < completion.len() {
-            let token = completion[self.seen];
-            self.seen += 1;
-            match self.state {
-                State::Start if Some(token) == self.tags.opening => self.state = State::Thinking,
-                State::Start => self.state = State::Answer { from: 0 },
-                State::Thinking => {
-                    if self.closes(token)? {
-                        self.state = State::Answer { from: self.seen };
-                    }
+    /// When it ends the thoughts and begins the answer at once: nobody could say whether it may come.
+    fn take(&mut self, token: u32) -> Result<(), ConstraintError> {
+        self.seen += 1;
+        match self.state {
+            State::Start if Some(token) == self.tags.opening => self.state = State::Thinking,
+            State::Start => self.state = State::Answer { from: 0 },
+            State::Thinking => {
+                if self.closes(token)? {
+                    self.state = State::Answer { from: self.seen };
                 }
-                State::Answer { .. } => {}
             }
+            State::Answer { .. } => {}
         }
         Ok(())
     }
@@ -78,29 +71,86 @@ impl AfterThinking {
     }
 }
 
-impl TokenConstraint for AfterThinking {
-    fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError> {
-        self.advance(completion)?;
-        match self.state {
-            State::Start => {
-                let mut allowed = self.answer.allowed_after(&[])?;
-                if let Some(opening) = self.tags.opening {
+impl AfterThinking {
+    /// A constraint at the beginning of a completion.
+    pub(super) fn new(tags: Reasoning, thinking: Thinking, answer: Box<dyn TokenConstraint>) -> Self {
+        let state = match thinking {
+            Thinking::Begun => State::Thinking,
+            Thinking::Possible => State::Start,
+            Thinking::Over => State::Answer { from: 0 },
+        };
+        Self { thoughts: Thoughts { tags, state, seen: 0, tail: Vec::new() }, answer }
+    }
+
+    /// Takes the tokens of `completion` that are new; says where the answer begins, if it has begun.
+    fn advance(&mut self, completion: &[u32]) -> Result<Option<usize>, ConstraintError> {
+        let new = completion.get(self.thoughts.seen..).unwrap_or_default();
+        new.iter().try_for_each(|&token| self.thoughts.take(token))?;
+        if let State::Answer { from } = self.thoughts.state { Ok(Some(from)) } else { Ok(None) }
+    }
+
+    /// What may come in `thoughts`; `None` when they are over.
+    fn allowed_in(&mut self, thoughts: &Thoughts) -> Option<Result<TokenMask, ConstraintError>> {
+        let Thoughts { tags, state, .. } = thoughts;
+        match state {
+            State::Start => Some(self.answer.allowed_after(&[]).map(|mut allowed| {
+                if let Some(opening) = tags.opening {
                     allowed.allow(opening);
                 }
-                Ok(allowed)
+                allowed
+            })),
+            State::Thinking => Some(Ok(TokenMask::all_but(tags.vocabulary_size, &tags.eos_token_ids))),
+            State::Answer { .. } => None,
+        }
+    }
+}
+
+impl TokenConstraint for AfterThinking {
+    fn allowed_after(&mut self, completion: &[u32]) -> Result<TokenMask, ConstraintError> {
+        self.allowed_along(completion, &[]).swap_remove(0)
+    }
+
+    fn allowed_along(
+        &mut self,
+        completion: &[u32],
+        draft: &[u32],
+    ) -> Vec<Result<TokenMask, ConstraintError>> {
+        match self.advance(completion) {
+            Ok(Some(from)) => return self.answer.allowed_along(&completion[from..], draft),
+            Ok(None) => {}
+            Err(error) => return vec![Err(error)],
+        }
+        let mut ahead = self.thoughts.clone();
+        let mut masks: Vec<_> = self.allowed_in(&ahead).into_iter().collect();
+        for &token in draft {
+            if !matches!(masks.last(), Some(Ok(mask)) if mask.allows(token)) {
+                break;
             }
-            State::Thinking => Ok(TokenMask::all_but(self.tags.vocabulary_size, &self.tags.eos_token_ids)),
-            State::Answer { from } => self.answer.allowed_after(completion.get(from..).unwrap_or_default()),
+            if let Err(error) = ahead.take(token) {
+                masks.push(Err(error));
+                break;
+            }
+            if let State::Answer { from } = ahead.state {
+                // The draft holds the end of the thoughts, or there are none: the answer says the rest.
+                let begun = &draft[from - completion.len()..];
+                let of_answer = self.answer.allowed_along(&[], begun);
+                masks.extend(of_answer.into_iter().skip(ahead.seen - from));
+                break;
+            }
+            masks.extend(self.allowed_in(&ahead));
+        }
+        masks
+    }
+
+    fn forced_after(&mut self, completion: &[u32]) -> Vec<u32> {
+        match self.advance(completion) {
+            Ok(Some(from)) => self.answer.forced_after(&completion[from..]),
+            // What cannot go on fails when the mask is asked for.
+            Ok(None) | Err(_) => Vec::new(),
         }
     }
 
     fn boxed_clone(&self) -> Box<dyn TokenConstraint> {
-        Box::new(Self {
-            tags: self.tags.clone(),
-            state: self.state,
-            answer: self.answer.clone(),
-            seen: self.seen,
-            tail: self.tail.clone(),
-        })
+        Box::new(Self { thoughts: self.thoughts.clone(), answer: self.answer.clone() })
     }
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::constraint::AfterThinking;
 use super::{Reasoning, ReasoningDelta, ReasoningParser, Thinking};
-use crate::grammar::tests::{ADDED, END, VOCABULARY, tokenizer_with};
+use crate::grammar::tests::{ADDED, END, VOCABULARY, drafts_are_as_step_by_step, tokenizer_with};
 use crate::testing::pieces;
 
 fn parse(thinking: Thinking, pieces: &[&str]) -> (String, String) {
@@ -113,6 +113,26 @@ fn a_constraint_holds_from_the_end_of_the_thoughts() {
     let mut begun = constraint(&tags, Thinking::Begun);
     assert_eq!(allowed(&mut begun, &[seven, 1]).len(), VOCABULARY - 1);
     assert_eq!(allowed(&mut begun, &[seven, 1, CLOSE]), [seven]);
+}
+
+#[test]
+fn what_may_come_along_a_draft_is_what_may_come_step_by_step() {
+    let tags = ["<think>", "</think>"];
+    for thinking in [Thinking::Possible, Thinking::Begun] {
+        let constraint = constraint(&tags, thinking);
+        let allowed_tokens: usize =
+            (0..200).map(|seed| drafts_are_as_step_by_step(&constraint, seed, &[OPEN, CLOSE])).sum();
+        assert!(allowed_tokens > 3000, "{allowed_tokens}");
+        let seven = u32::from(b'7');
+        let mut along = constraint.boxed_clone();
+        let (before, draft) = match thinking {
+            Thinking::Begun => (vec![1], vec![2, CLOSE, seven, seven, 2, 2]),
+            _ => (vec![], vec![OPEN, CLOSE, seven, seven, 2, 2]),
+        };
+        let masks = along.allowed_along(&before, &draft);
+        assert_eq!(masks.len(), 5, "up to what is no answer");
+        assert!((2..5).all(|at| masks[at].as_ref().is_ok_and(|mask| mask.allows(seven) && !mask.allows(2))));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! From bound sockets to a stopped server: accept, and on a signal finish what was accepted.
 
+mod answers;
 mod connections;
 mod tls;
 
@@ -105,9 +106,9 @@ impl Service {
         let (stop_api, api_stopped) = watch::channel(false);
         let (stop_admin, admin_stopped) = watch::channel(false);
         let limits = options.connections;
-        let api = tokio::spawn(connections::accept(api, self.router(), limits, told(api_stopped)));
+        let api = tokio::spawn(connections::accept(api, self.router(), limits, api_stopped));
         let admin = admin.map(|socket| {
-            tokio::spawn(connections::accept(socket, self.admin_router(), limits, told(admin_stopped)))
+            tokio::spawn(connections::accept(socket, self.admin_router(), limits, admin_stopped))
         });
         let cause = tokio::select! {
             _ = terminate.recv() => Cause::Told,

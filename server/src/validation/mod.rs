@@ -302,23 +302,35 @@ impl ValidRequest {
     }
 
     /// What the engine runs for a choice of a prompt. With a seed, each choice has its own: seed, seed + 1, ...
-    pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize, tenant: &Tenant) -> Request {
+    ///
+    /// The log probabilities of the prompt are those of all its choices, computed with the first one; `None` for the
+    /// others if nothing else is wanted.
+    pub(crate) fn engine_request(&self, prompt: &Prompt, choice: usize, tenant: &Tenant) -> Option<Request> {
         let (priority, cache_salt) = (self.priority, self.cache_salt.clone());
         let tenant = Arc::clone(&tenant.0);
         if let Some(pooling) = self.pooling {
             let request = Request::embedding(prompt.token_ids.clone(), pooling);
-            return Request { priority, tenant, cache_salt, ..request };
+            return Some(Request { priority, tenant, cache_salt, ..request });
+        }
+        if choice > 0 && prompt.max_tokens == 0 {
+            return None;
         }
         let mut sampling = self.sampling.clone();
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         sampling.max_tokens = prompt.max_tokens;
-        Request {
+        sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| choice == 0);
+        Some(Request {
             constraint: self.constraint.clone(),
             priority,
             tenant,
             cache_salt,
             ..Request::new(prompt.token_ids.clone(), sampling)
-        }
+        })
+    }
+
+    /// Whether log probabilities of the prompts are wanted.
+    pub(crate) fn scores_prompts(&self) -> bool {
+        self.sampling.prompt_logprobs.is_some()
     }
 
     /// The tools that the model may call.

@@ -161,7 +161,7 @@ async fn only_allowed_tokens_come_and_bad_words_never() {
     let body = json!({"prompt": "b", "allowed_token_ids": [100], "bad_words": ["dd"]});
     let (status, answer) = server.post(COMPLETIONS, body).await;
     let message = answer["error"]["message"].as_str().unwrap();
-    assert_eq!(status.as_u16(), 503);
+    assert_eq!(status.as_u16(), 400);
     assert!(message.contains("allowed_token_ids") && message.contains("bad_words"), "{message}");
     // The others are not disturbed.
     assert_eq!(

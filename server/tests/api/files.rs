@@ -53,25 +53,30 @@ async fn keys_are_rotated_by_a_signal_without_a_restart() {
 }
 
 /// Writes a certificate for `name` and its key.
-fn write_certificate(directory: &Path, name: &str) {
+pub(crate) fn write_certificate(directory: &Path, name: &str) {
     let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
     std::fs::write(directory.join("certificate.pem"), made.cert.pem()).unwrap();
     std::fs::write(directory.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
 }
 
-fn open(directory: &Path) -> Result<Tls, nibble_server::TlsError> {
+pub(crate) fn open(directory: &Path) -> Result<Tls, nibble_server::TlsError> {
     Tls::open(&directory.join("certificate.pem"), &directory.join("key.pem"))
+}
+
+/// Of a client that trusts the certificate in `directory` alone.
+pub(crate) fn client_config(directory: &Path) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(directory.join("certificate.pem")).unwrap()).unwrap();
+    ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth()
 }
 
 /// A client that trusts the certificate in `directory` alone, and takes "localhost" for `address`.
 fn client(directory: &Path, address: &str) -> ureq::Agent {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(directory.join("certificate.pem")).unwrap()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let config = client_config(directory);
     let address = address.parse().unwrap();
     ureq::AgentBuilder::new().tls_config(Arc::new(config)).resolver(move |_: &str| Ok(vec![address])).build()
 }

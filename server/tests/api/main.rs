@@ -7,6 +7,7 @@ mod chats;
 mod embeddings;
 mod files;
 mod hang_up;
+mod http2;
 mod lenient;
 mod logs;
 mod metrics;

@@ -61,6 +61,14 @@ async fn families_of_the_model_are_right() {
         ("num_requests_running", 0.0),
         ("num_requests_waiting", 0.0),
         ("num_requests_waiting_by_reason{reason=\"capacity\"}", 0.0),
+        ("num_requests_waiting_by_reason{reason=\"deferred\"}", 0.0),
+        ("engine_sleep_state{sleep_state=\"awake\"}", 1.0),
+        ("engine_sleep_state{sleep_state=\"weights_offloaded\"}", 0.0),
+        ("engine_sleep_state{sleep_state=\"discard_all\"}", 0.0),
+        ("external_prefix_cache_queries_total", 0.0),
+        ("external_prefix_cache_hits_total", 0.0),
+        ("mm_cache_queries_total", 0.0),
+        ("mm_cache_hits_total", 0.0),
         ("kv_cache_usage_perc", 0.0),
         ("last_step_age_seconds", 0.0),
         ("num_preemptions_total", 0.0),
@@ -68,6 +76,7 @@ async fn families_of_the_model_are_right() {
         ("prompt_tokens_total", 3.0 + 1.0 + 3.0 * 17.0),
         ("prompt_tokens_by_source_total{source=\"local_compute\"}", 3.0 + 1.0 + 17.0 + 2.0),
         ("prompt_tokens_by_source_total{source=\"local_cache_hit\"}", 32.0),
+        ("prompt_tokens_by_source_total{source=\"external_kv_transfer\"}", 0.0),
         ("prompt_tokens_cached_total", 32.0),
         ("prompt_tokens_recomputed_total", 0.0),
         ("prefix_cache_queries_total", 3.0 + 1.0 + 3.0 * 17.0),
@@ -235,6 +244,16 @@ async fn vllms_names_come_when_they_are_wanted_and_say_the_same() {
         assert_eq!(value(&samples, &format!("vllm:{retired}")), today, "{retired}");
         assert_eq!(value(&samples, &format!("nibble:{retired}")), None);
     }
+    let both = ["prompt_tokens_total", "generation_tokens_total"]
+        .map(|name| value(&samples, &format!("vllm:{name}")));
+    assert_eq!(
+        value(&samples, "vllm:tokens_total"),
+        both[0].zip(both[1]).map(|(prompt, generated)| prompt + generated)
+    );
+    for nothing in ["num_requests_swapped", "cpu_cache_usage_perc"] {
+        assert_eq!(value(&samples, &format!("vllm:{nothing}")), Some(0.0));
+        assert_eq!(value(&samples, &format!("nibble:{nothing}")), None);
+    }
 }
 
 #[tokio::test]
@@ -253,6 +272,9 @@ async fn drafts_are_counted_and_change_no_answer() {
         ("num_accepted_tokens_per_pos_total{position=\"1\"}", 1.0),
         ("num_accepted_tokens_per_pos_total{position=\"2\"}", 0.0),
         ("num_accepted_tokens_per_pos_total{position=\"3\"}", 0.0),
+        ("num_drafts_by_draft_length_total{draft_length=\"1\"}", 1.0),
+        ("num_drafts_by_draft_length_total{draft_length=\"2\"}", 1.0),
+        ("num_drafts_by_draft_length_total{draft_length=\"4\"}", 0.0),
     ] {
         let name = format!("nibble:spec_decode_{name}");
         assert_eq!(value(&samples, &name), Some(expected), "{name}");

@@ -1,8 +1,11 @@
 //! What answers tell about their prompts: echoes, log probabilities, tokens.
 
+use std::sync::atomic::Ordering;
+
+use nibble_engine::EngineConfig;
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, COMPLETIONS, END, Server};
+use crate::support::{CHAT, COMPLETIONS, END, Options, Server};
 
 /// The log probability of a logit among one of 10, one of 5 and 255 of 0.
 fn logprob(logit: f64) -> f64 {
@@ -86,6 +89,61 @@ async fn prompt_logprobs_have_the_form_of_vllm() {
     ranks.sort_unstable();
     assert_eq!(ranks, (1..=257).collect::<Vec<_>>());
     assert_eq!(answer["choices"][1]["message"]["content"], "");
+}
+
+#[tokio::test]
+async fn a_prompt_is_scored_once_for_all_its_choices() {
+    let prompt = "abcdef?hijklmnopqrstuvwx";
+    for max_prompt_logit_rows in [1, 256] {
+        let engine = EngineConfig { max_prompt_logit_rows, ..EngineConfig::default() };
+        let options = Options { engine, ..Options::default() };
+        let server = Server::with(options.clone());
+        let rows = || options.logit_rows.swap(0, Ordering::Relaxed);
+        let body = |seed: u64, n: usize, max_tokens: usize| {
+            json!({"prompt": [prompt, "uv"], "prompt_logprobs": 2, "echo": true, "logprobs": 1, "temperature": 1,
+                   "seed": seed, "n": n, "max_tokens": max_tokens, "ignore_eos": true, "return_token_ids": true})
+        };
+        let alone = |choice: u64| server.ok(COMPLETIONS, body(3 + choice, 1, 5));
+        let mut expected = Vec::new();
+        for choice in 0..3 {
+            expected.push(alone(choice).await["choices"].clone());
+        }
+        rows();
+        let answer = server.ok(COMPLETIONS, body(3, 3, 5)).await;
+        assert_eq!(
+            rows(),
+            23 + 1 + 6 * 5,
+            "each token of a prompt but the first once, each token of an answer"
+        );
+        for (at, choice) in answer["choices"].as_array().unwrap().iter().enumerate() {
+            let mut alone = expected[at % 3][at / 3].clone();
+            alone["index"] = at.into();
+            assert_eq!(choice, &alone, "choice {at}");
+        }
+        let mut streamed = body(3, 3, 5);
+        streamed["prompt_logprobs"].take();
+        let streamed = server.stream(COMPLETIONS, streamed).await;
+        for at in 0..6 {
+            let of_choice = streamed.iter().filter(|event| event["choices"][0]["index"] == at);
+            let texts = of_choice.map(|event| event["choices"][0]["text"].as_str().unwrap());
+            assert_eq!(texts.collect::<String>(), answer["choices"][at]["text"].as_str().unwrap());
+        }
+        rows();
+        let answer = server.ok(COMPLETIONS, body(3, 3, 0)).await;
+        // The last row of each prompt comes with it.
+        assert_eq!(rows(), 24 + 2);
+        assert_eq!(answer["usage"]["completion_tokens"], 0);
+        let choices = answer["choices"].as_array().unwrap();
+        assert_eq!(choices.len(), 6);
+        for (at, choice) in choices.iter().enumerate() {
+            assert_eq!(choice["prompt_logprobs"], expected[0][at / 3]["prompt_logprobs"]);
+            assert_eq!(
+                (&choice["text"], &choice["finish_reason"]),
+                (&json!([prompt, "uv"][at / 3]), &json!("length"))
+            );
+        }
+        server.eventually("nothing is left", |stats| stats.running == 0 && stats.kv_blocks_used == 0).await;
+    }
 }
 
 #[tokio::test]

@@ -1,8 +1,9 @@
 //! Answers in a form that was asked for, by a model that would rather say the alphabet.
 
+use nibble_engine::EngineConfig;
 use serde_json::{Value, json};
 
-use crate::support::{CHAT, COMPLETIONS, Server};
+use crate::support::{CHAT, COMPLETIONS, Options, Server};
 
 fn chat(content: &str) -> Value {
     json!({"messages": [{"role": "user", "content": content}], "temperature": 0})
@@ -71,6 +72,75 @@ async fn log_probabilities_stay_the_model_s_own() {
     let difference =
         entry["top_logprobs"][0]["logprob"].as_f64().unwrap() - entry["logprob"].as_f64().unwrap();
     assert!((difference - 10.0).abs() < 1e-4, "{difference}");
+}
+
+#[tokio::test]
+async fn where_no_token_is_left_a_complete_answer_ends_and_another_fails_by_name() {
+    let server = Server::new();
+    let mut body = chat("w");
+    // "a", "b" and no end of sequence.
+    body["allowed_token_ids"] = json!([97, 98]);
+    body["structured_outputs"] = json!({"regex": "ab(c|d)?"});
+    let choice = &server.ok(CHAT, body.clone()).await["choices"][0];
+    assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!("ab"), &json!("stop")));
+    body["structured_outputs"] = json!({"regex": "ab(c|d)"});
+    let (status, answer) = server.post(CHAT, body.clone()).await;
+    assert_eq!((status.as_u16(), &answer["error"]["code"]), (400, &json!("no_token_left")), "{answer}");
+    let message = answer["error"]["message"].as_str().unwrap();
+    assert!(message.contains("allowed_token_ids") && message.contains("structured output"), "{message}");
+    let events = server.stream(CHAT, body.clone()).await;
+    let error = &events.last().unwrap()["error"];
+    assert_eq!((&error["code"], &error["type"]), (&json!("no_token_left"), &json!("invalid_request_error")));
+    // Its neighbours go on.
+    body["structured_outputs"] = json!({"choice": ["ab"]});
+    assert_eq!(server.ok(CHAT, body).await["choices"][0]["message"]["content"], "ab");
+}
+
+#[tokio::test]
+async fn guesses_are_made_within_a_form_and_change_nothing() {
+    let schema = json!({
+        "type": "object",
+        "properties": {"alphabetical": {"type": "boolean"}, "alphabetically": {"type": "array", "items": {
+            "type": "object", "properties": {"longer_name": {"enum": ["one and the same text"]}},
+            "required": ["longer_name"], "additionalProperties": false,
+        }, "minItems": 2, "maxItems": 2}},
+        "required": ["alphabetical", "alphabetically"],
+        "additionalProperties": false,
+        "x-guidance": {"whitespace_flexible": false},
+    });
+    let mut answers = Vec::new();
+    for max_draft_tokens in [0, 5] {
+        let engine = EngineConfig { max_draft_tokens, ..EngineConfig::default() };
+        let server = Server::with(Options { engine, ..Options::default() });
+        let mut body = chat("w");
+        body["temperature"] = json!(1.5);
+        body["seed"] = json!(4);
+        body["n"] = json!(3);
+        body["logprobs"] = json!(true);
+        body["response_format"] =
+            json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
+        let answer = server.ok(CHAT, body).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            let content: Value =
+                serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
+            assert!(
+                content["alphabetical"].is_boolean()
+                    && content["alphabetically"][1]["longer_name"].is_string()
+            );
+        }
+        answers.push(answer["choices"].clone());
+        let stats = server.engine.stats();
+        let right = stats.accepted_draft_tokens.iter().sum::<u64>();
+        assert_eq!(right > 100, max_draft_tokens > 0, "{stats:?}");
+        let length = answer["usage"]["completion_tokens"].as_u64().unwrap() / 3;
+        assert_eq!(
+            stats.steps < length / 2,
+            max_draft_tokens > 0,
+            "{} steps for {length} tokens",
+            stats.steps
+        );
+    }
+    assert_eq!(answers[0], answers[1]);
 }
 
 #[tokio::test]

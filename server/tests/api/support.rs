@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,7 @@ use tokio::task::JoinHandle;
 use tower::ServiceExt;
 
 /// Long enough for any machine; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The token after the 256 bytes: end of sequence, and special.
 pub(crate) const END: u32 = 256;
@@ -72,6 +73,8 @@ pub(crate) struct Options {
     pub(crate) server: ServerOptions,
     pub(crate) generation_config: GenerationConfig,
     pub(crate) hidden_size: Option<usize>,
+    /// Counts rows whose logits were wanted.
+    pub(crate) logit_rows: Arc<AtomicUsize>,
 }
 
 impl Default for Options {
@@ -84,6 +87,7 @@ impl Default for Options {
             server: ServerOptions::default(),
             generation_config: GenerationConfig::default(),
             hidden_size: Some(4),
+            logit_rows: Arc::default(),
         }
     }
 }
@@ -120,6 +124,7 @@ impl StepRunner for AlphabetRunner {
             std::thread::sleep(self.options.step_time);
         }
         let mut values = Vec::new();
+        self.options.logit_rows.fetch_add(batch.logit_rows.len(), Ordering::Relaxed);
         for &row in &batch.logit_rows {
             let mut logits = vec![0.0; VOCABULARY];
             logits[b'?' as usize] = 5.0;

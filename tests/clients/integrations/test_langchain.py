@@ -1,9 +1,11 @@
-"""LangChain's OpenAI chat model."""
+"""LangChain's OpenAI chat model and embeddings."""
+
+import math
 
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 QUESTION = "What is the capital of France?"
@@ -70,3 +72,18 @@ def test_a_tool_call_is_streamed(model):
 def test_structured_output_is_an_object(model, method):
     person = model.with_structured_output(Person, method=method).invoke("Make up a person.")
     assert isinstance(person, Person)
+
+
+def test_documents_and_queries_are_embedded(server):
+    embeddings = OpenAIEmbeddings(
+        model=server.model,
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        # It would send the tokens of OpenAI's tokenizer.
+        check_embedding_ctx_length=False,
+    )
+    texts = ["The cat sat on the mat.", "A kitten is on the rug."]
+    documents = embeddings.embed_documents(texts)
+    assert [math.isclose(math.hypot(*vector), 1, rel_tol=1e-5) for vector in documents] == [True, True]
+    assert embeddings.embed_query(texts[1]) == documents[1] != documents[0]

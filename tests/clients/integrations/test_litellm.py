@@ -1,6 +1,7 @@
 """LiteLLM, which many gateways and agents speak through."""
 
 import json
+import math
 
 import litellm
 import pytest
@@ -64,6 +65,17 @@ def test_an_answer_follows_the_schema(connection):
         messages=WEATHER_QUESTION, response_format={"type": "json_schema", "json_schema": schema}, **connection
     )
     assert json.loads(answer.choices[0].message.content).keys() == {"city", "unit"}
+
+
+def test_texts_are_embedded(connection):
+    del connection["temperature"]
+    texts = ["The cat sat on the mat.", "A kitten is on the rug."]
+    answer = litellm.embedding(input=texts, **connection)
+    vectors = [entry["embedding"] for entry in answer.data]
+    assert [math.isclose(math.hypot(*vector), 1, rel_tol=1e-5) for vector in vectors] == [True, True]
+    assert answer.usage.prompt_tokens > 8
+    (other,) = litellm.embedding(input=texts[:1], encoding_format="float", **connection).data
+    assert other["embedding"] == pytest.approx(vectors[0], abs=1e-7)
 
 
 def test_errors_are_those_of_litellm(connection):

@@ -1,6 +1,7 @@
 // OpenAI's Node client against a running server with a real model: NIBBLE_BASE_URL says where, NIBBLE_MODEL what.
 
 import assert from "node:assert/strict";
+import http2 from "node:http2";
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 
@@ -99,6 +100,44 @@ test("the client's own stream helper puts the message together", async () => {
   const message = await stream.finalMessage();
   assert.match(message.content, /Paris/);
   assert.equal(text, message.content);
+});
+
+test("texts are embedded", async () => {
+  const input = ["The cat sat on the mat.", "A kitten is on the rug.", "The cat sat on the mat."];
+  // The client asks for base64 unless told otherwise, and decodes it.
+  const answer = await client.embeddings.create({ model, input });
+  const vectors = answer.data.map((entry) => entry.embedding);
+  assert.deepEqual(vectors[0], vectors[2]);
+  assert.notDeepEqual(vectors[0], vectors[1]);
+  for (const vector of vectors) assert.ok(Math.abs(Math.hypot(...vector) - 1) < 1e-5);
+  const numbers = await client.embeddings.create({ model, input: input[1], encoding_format: "float" });
+  assert.equal(numbers.data[0].embedding.length, vectors[1].length);
+  for (const [at, value] of numbers.data[0].embedding.entries()) assert.ok(Math.abs(value - vectors[1][at]) < 1e-7);
+  assert.equal(answer.usage.prompt_tokens, answer.usage.total_tokens);
+});
+
+test("a stream of HTTP/2 that is cancelled ends its sequence, and the connection goes on", async () => {
+  const aborts = () => metric("nibble:request_success_total", 'finished_reason="abort"');
+  const before = await aborts();
+  const session = http2.connect(url);
+  const post = (body) => {
+    const request = session.request({ ":method": "POST", ":path": "/v1/completions", "content-type": "application/json" });
+    request.setEncoding("utf8");
+    request.end(JSON.stringify({ model, prompt: "Once upon a time", ignore_eos: true, temperature: 0, ...body }));
+    return request;
+  };
+  const left = post({ max_tokens: 4000, stream: true });
+  for await (const piece of left) {
+    assert.match(piece, /^data: /);
+    break;
+  }
+  left.close(http2.constants.NGHTTP2_CANCEL);
+  await eventually("the abort is counted", async () => (await aborts()) === before + 1);
+  await eventually("nothing runs", async () => (await metric("nibble:num_requests_running")) === 0);
+  let text = "";
+  for await (const piece of post({ max_tokens: 4 })) text += piece;
+  assert.equal(JSON.parse(text).usage.completion_tokens, 4);
+  session.close();
 });
 
 test("an answer follows the JSON schema", async () => {

@@ -6,7 +6,8 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use nibble_engine::{
-    Engine, EngineConfig, EventSink, ModelRunner, Request, RequestEvent, SamplingParameters, SinkState,
+    Engine, EngineConfig, EventSink, Failure, ModelRunner, Request, RequestEvent, SamplingParameters,
+    SinkState,
 };
 use nibble_kernels::Backend;
 use nibble_model::forward::BLOCK_SIZE;
@@ -138,7 +139,7 @@ fn measure(
         match event {
             RequestEvent::Token { .. } => events[stream].push((at - started).as_secs_f64()),
             RequestEvent::Finished { .. } => finished += 1,
-            RequestEvent::Failed { message } => bail!("the engine has failed: {message}"),
+            RequestEvent::Failed(Failure { message, .. }) => bail!("the engine has failed: {message}"),
             RequestEvent::PromptLogprobs { .. } | RequestEvent::Embedding { .. } => {}
         }
     }

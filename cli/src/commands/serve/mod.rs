@@ -126,7 +126,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
         max_num_seqs: arguments.engine.max_num_seqs as usize,
     };
     let plan = MemoryPlan::new(checkpoint.config(), wishes)?;
-    eprintln!("{}", plan.table(&checkpoint));
+    eprintln!("{}", plan.table(&checkpoint, device.head_copy_bytes(&checkpoint)));
     if chat_template.is_none() {
         eprintln!("the model has no chat template: /v1/chat/completions will be refused");
     }

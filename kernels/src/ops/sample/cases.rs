@@ -32,6 +32,17 @@ pub fn rows(vocabulary: usize) -> Vec<Row> {
         };
         (0..count).map(change).collect()
     };
+    // All logits are below zero then, where a penalty below one raises them.
+    let raised = |vocabulary: usize| -> Vec<Adjustment> {
+        let penalty = |token: usize| if token == vocabulary / 2 { 0.01 } else { 1.0 };
+        let change = |token: usize| Adjustment {
+            token_id: token as u32,
+            bias: -20.0,
+            penalty: penalty(token),
+            subtrahend: 0.0,
+        };
+        (0..vocabulary).map(change).collect()
+    };
     let some = |step: usize| -> Option<Vec<u32>> {
         let mut words = vec![0u32; vocabulary.div_ceil(32)];
         (0..vocabulary).step_by(step).for_each(|token| words[token / 32] |= 1 << (token % 32));
@@ -54,7 +65,8 @@ pub fn rows(vocabulary: usize) -> Vec<Row> {
         Choice { min_p: 0.1, uniform: 0.6, ..PLAIN },
         Choice { min_p: 1.0, uniform: 0.6, ..PLAIN },
         Choice { top_k: Some(100), top_p: 0.7, min_p: 0.02, temperature: 1.7, uniform: 0.95, ..PLAIN },
-        Choice { adjustments: changed(1, 3.0), uniform: 0.001, ..PLAIN },
+        Choice { adjustments: changed(1, 12.0), ..PLAIN },
+        Choice { temperature: 0.0, adjustments: raised(vocabulary), ..PLAIN },
         Choice { adjustments: changed(vocabulary / 3, 0.5), allowed: some(3), uniform: 0.4, ..PLAIN },
         Choice { adjustments: changed(vocabulary, 0.5), top_k: Some(9), uniform: 0.8, ..PLAIN },
         Choice { allowed: Some(vec![0; vocabulary.div_ceil(32)]), ..PLAIN },

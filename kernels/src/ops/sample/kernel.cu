@@ -149,7 +149,8 @@ struct Sampler {
         }
     }
 
-    // Calls `visit(token, value)` for every token of this warp; a lane visits its own in their order.
+    // Calls `visit(token, value)` for every token of this warp, and those past the end: a lane visits its own in their
+    // order.
     template <bool own, class Visit>
     NIBBLE_DEVICE void each(Visit visit) const {
         for (u32 vector = first_vector + lane; vector < end_vector; vector += 32) {
@@ -157,9 +158,7 @@ struct Sampler {
             read<own>(values, vector);
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {
-                if (vector * 8 + i < vocabulary) {
-                    visit(vector * 8 + i, values[i]);
-                }
+                visit(vector * 8 + i, values[i]);
             }
         }
     }
@@ -256,7 +255,7 @@ struct Sampler {
                     float values[8];
                     read<false>(values, vector);
                     for (u32 i = 0; i < 8; ++i) {
-                        amounts[i] = vector * 8 + i < vocabulary ? amount(vector * 8 + i, values[i]) : 0;
+                        amounts[i] = amount(vector * 8 + i, values[i]);
                         before += amounts[i];
                     }
                 }
@@ -289,19 +288,19 @@ struct Sampler {
         return found;
     }
 
-    // The cut of the shortest prefix of what `kept` keeps whose amounts reach `target`, above 0 and at most their sum.
+    // The cut of the shortest prefix whose amounts reach `target`, above 0 and at most the sum of all.
     template <class Amount>
-    NIBBLE_DEVICE Cut shortest_prefix(u64 target, Cut kept, Amount amount) const {
+    NIBBLE_DEVICE Cut shortest_prefix(u64 target, Amount amount) const {
         u32 found = 0;   // the bits of the last value that are known
         u64 above = 0;   // what values with larger bits amount to
         u64 equal = 0;
         for (u32 shift = 32; shift > 0;) {
             shift -= 4;
             u64 digits[DIGITS] = {};
-            each<false>([&](u32 token, float value) {
+            each<false>([&](u32, float value) {
                 const u32 bits = ordered(value);
                 // A shift by 32 has no effect of its own.
-                if ((bits >> shift >> 4) == (found >> shift >> 4) && kept.keeps(value, token)) {
+                if ((bits >> shift >> 4) == (found >> shift >> 4)) {
                     const u64 more = amount(value);
 #pragma unroll
                     for (u32 digit = 0; digit < DIGITS; ++digit) {
@@ -337,12 +336,11 @@ struct Sampler {
         }
         // Of tokens with equal values the first ones are kept, as many as it takes.
         const float last = value_of(found);
-        const u64 each_amounts = amount(last);
-        const u64 needed = (target - above + each_amounts - 1) / each_amounts;
+        const u64 of_one = amount(last);
         u32 token = NONE;
-        if (needed * each_amounts < equal) {
-            token = walk(needed - 1, [&](u32 candidate, float value) {
-                return ordered(value) == found && kept.keeps(value, candidate) ? 1ull : 0ull;
+        if (target - above + of_one <= equal) {
+            token = walk(target - above - 1, [&](u32, float value) {
+                return ordered(value) == found ? of_one : 0;
             });
         }
         return Cut{ranked(last, token)};
@@ -355,7 +353,7 @@ struct Sampler {
             cut.last = ranked(maximum + request.min_p_distance, NONE);
         }
         if (request.top_k > 0 && request.top_k < vocabulary) {
-            const Cut by_count = shortest_prefix(request.top_k, Cut{0}, [](float) { return 1ull; });
+            const Cut by_count = shortest_prefix(request.top_k, [](float) { return 1ull; });
             cut.last = by_count.last > cut.last ? by_count.last : cut.last;
         }
         const auto kept_weight = [&](Cut by) {
@@ -367,7 +365,7 @@ struct Sampler {
         const u64 top_p = static_cast<u64>(request.top_p_high) << 32 | request.top_p_low;
         if (top_p != ~0ull) {
             const u64 target = multiply_high(total, top_p);
-            cut = shortest_prefix(target > 0 ? target : 1, cut, [&](float value) { return weight(value); });
+            cut = shortest_prefix(target > 0 ? target : 1, [&](float value) { return weight(value); });
             total = kept_weight(cut);
         }
         const u64 uniform = static_cast<u64>(request.uniform_high) << 32 | request.uniform_low;

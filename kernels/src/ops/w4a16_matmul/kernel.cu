@@ -665,14 +665,15 @@ NIBBLE_DEVICE void stream(const Arguments& arguments) {
     const u32 units = arguments.tiles * arguments.steps;
     const u32 start = block_index_x() * arguments.share;
     const u32 row_start = block_index_y() * rows;
-    u32 end = start + arguments.share < units ? start + arguments.share : units;
+    const u32 end = start + arguments.share < units ? start + arguments.share : units;
     u32 tile = (end - 1) / arguments.steps;
     u32 step_end = end - tile * arguments.steps;
+    u32 left = end - start;
 
-    Pipeline<Element, rows> pipeline(arguments, row_start, tile, step_end, end - start);
+    Pipeline<Element, rows> pipeline(arguments, row_start, tile, step_end, left);
     Sums<rows> sums;
-    while (end > start) {
-        const u32 part = step_end < end - start ? step_end : end - start;
+    while (left > 0) {
+        const u32 part = step_end < left ? step_end : left;
         clear<rows>(sums);
         pipeline.multiply(sums, part);
         if (step_end < arguments.steps) {
@@ -683,7 +684,7 @@ NIBBLE_DEVICE void stream(const Arguments& arguments) {
             }
             write_output<Element, rows>(arguments, sums, row_start, tile);
         }
-        end -= part;
+        left -= part;
         --tile;
         step_end = arguments.steps;
     }

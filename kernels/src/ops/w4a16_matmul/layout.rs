@@ -102,23 +102,13 @@ pub(crate) fn pack(matrix: &QuantizedMatrix, element: Element) -> Result<PackedP
     let groups = packed_groups(inputs, group_size);
 
     let mut words = vec![0u32; strips * steps * STRIP_STEP_WORDS];
-    for (strip, of_strip) in words.chunks_exact_mut(steps * STRIP_STEP_WORDS).enumerate() {
-        for (step, of_step) in of_strip.chunks_exact_mut(STRIP_STEP_WORDS).enumerate() {
-            for (at, word) in of_step.iter_mut().enumerate() {
-                let (quarter, lane, index) = (at / 128, at / 4 % 32, at % 4);
-                let (half, tile) = (index / 2, index % 2);
-                let first_output = strip * STRIP_OUTPUTS + lane / 4 * 4 + tile * 2;
-                let first_input = step * STEP_INPUTS + quarter * 32 + half * 16 + lane % 4 * 2;
-                for register in 0..4 {
-                    for element in 0..2 {
-                        let output = first_output + register % 2;
-                        let input = first_input + register / 2 * 8 + element;
-                        *word |= code(matrix, output, input) << (4 * register + 16 * element);
-                    }
-                }
-            }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = strips.div_ceil(threads);
+    std::thread::scope(|scope| {
+        for (index, strips) in words.chunks_mut(share * steps * STRIP_STEP_WORDS).enumerate() {
+            scope.spawn(move || pack_strips(matrix, index * share, steps, strips));
         }
-    }
+    });
 
     let mut scales = vec![0u16; strips * groups * STRIP_OUTPUTS];
     let symmetric = of_groups.iter().all(|&zero| zero == MIDDLE);
@@ -142,6 +132,27 @@ pub(crate) fn pack(matrix: &QuantizedMatrix, element: Element) -> Result<PackedP
         in_features: inputs,
         group_size,
     })
+}
+
+/// Packs the strips from `first_strip` on that `words` has room for.
+fn pack_strips(matrix: &QuantizedMatrix, first_strip: usize, steps: usize, words: &mut [u32]) {
+    for (strip, of_strip) in words.chunks_exact_mut(steps * STRIP_STEP_WORDS).enumerate() {
+        for (step, of_step) in of_strip.chunks_exact_mut(STRIP_STEP_WORDS).enumerate() {
+            for (at, word) in of_step.iter_mut().enumerate() {
+                let (quarter, lane, index) = (at / 128, at / 4 % 32, at % 4);
+                let (half, tile) = (index / 2, index % 2);
+                let first_output = (first_strip + strip) * STRIP_OUTPUTS + lane / 4 * 4 + tile * 2;
+                let first_input = step * STEP_INPUTS + quarter * 32 + half * 16 + lane % 4 * 2;
+                for register in 0..4 {
+                    for element in 0..2 {
+                        let output = first_output + register % 2;
+                        let input = first_input + register / 2 * 8 + element;
+                        *word |= code(matrix, output, input) << (4 * register + 16 * element);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The code of a weight. Padded ones are 0: their inputs are zeros, or their scales are.

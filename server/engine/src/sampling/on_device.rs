@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nibble_kernels::ops::sample::{self, Adjustment, Choice, MOST_TOP, NoToken, Sampled, Wanted};
 
-use super::sampler::{LogitRow, NextToken, SamplingError, SamplingRow};
+use super::sampler::{LogitRow, NextToken, SamplingError, SamplingRow, end};
 use super::{TokenLogprob, TokenLogprobs, random};
 use crate::constraint::TokenMask;
 use crate::runner::{DeviceSampler, StepError};
@@ -62,6 +62,12 @@ pub(super) fn request(row: &LogitRow<'_>, vocabulary: usize) -> Result<sample::R
             let allowed = row.allowed.map(Result::as_ref).transpose();
             let allowed = allowed.map_err(|error| SamplingError::Constraint(error.clone()))?;
             let parameters = row.parameters;
+            let (tokens, changes) = (allowed_tokens(row, allowed, vocabulary), adjustments(row, allowed));
+            if let Some(end) = allowed.and_then(|allowed| end(row, allowed))
+                && !leaves_any(tokens.as_deref().unwrap_or_default(), &changes, vocabulary)
+            {
+                return Ok(sample::Row { wanted: Wanted::Known(end), logprobs: parameters.logprobs });
+            }
             Ok(sample::Row {
                 wanted: Wanted::Choice(Choice {
                     temperature: parameters.temperature,
@@ -69,8 +75,8 @@ pub(super) fn request(row: &LogitRow<'_>, vocabulary: usize) -> Result<sample::R
                     top_p: parameters.top_p,
                     min_p: parameters.min_p,
                     uniform: random::uniform(row.seed, row.completion.len() as u64),
-                    adjustments: adjustments(row, allowed),
-                    allowed: allowed_tokens(row, allowed, vocabulary),
+                    adjustments: changes,
+                    allowed: tokens,
                 }),
                 logprobs: parameters.logprobs,
             })
@@ -99,6 +105,14 @@ fn allowed_tokens(
             Some((0..words).map(|word| of(&listed, word) & of(mask, word)).collect())
         }
     }
+}
+
+/// Whether a token below `vocabulary` of the mask `words` has a logit that `changes` leave finite.
+fn leaves_any(words: &[u32], changes: &[Adjustment], vocabulary: usize) -> bool {
+    let forbidden = changes.iter().filter(|change| change.bias == f32::NEG_INFINITY);
+    let beyond = vocabulary as u32..words.len() as u32 * u32::BITS;
+    let forbidden: Vec<u32> = forbidden.map(|change| change.token_id).chain(beyond).collect();
+    TokenMask::from_words(words.to_vec()).allows_others_than(&forbidden)
 }
 
 /// The logits that bad words, bias, penalties and `min_tokens` change.

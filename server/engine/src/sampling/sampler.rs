@@ -2,13 +2,14 @@
 //!
 //! The order is vLLM's: tokens masked that allowed_token_ids, the constraint or bad_words do not allow; logit_bias; repetition, frequency and
 //! presence penalty; end-of-sequence and stop tokens masked before `min_tokens`, unless the constraint allows
-//! nothing else; then at temperature 0 the largest logit, else division by the
+//! nothing else; where nothing is left but the constraint lets the completion end, its end; then at temperature 0 the largest logit, else division by the
 //! temperature, min_p, top_k, top_p (of what these left, renormalized), and a draw by the inverse of the
 //! cumulative distribution in the order of token ids.
 
 use super::distribution::{Candidate, Distribution, Workspace};
 use super::{SamplingParameters, TokenLogprob, TokenLogprobs, random};
 use crate::constraint::{ConstraintError, TokenMask};
+use crate::request::{Blame, Failure};
 use crate::sequence::Sequence;
 
 /// A row of logits, and what is wanted of it.
@@ -46,8 +47,18 @@ impl<'a> SamplingRow<'a> {
             prompt: sequence.prompt(),
             completion: sequence.completion_with(drafted),
             stop_tokens: sequence.stop_tokens(),
-            allowed: sequence.allowed(),
+            allowed: sequence.allowed(drafted),
         }
+    }
+}
+
+impl From<SamplingError> for Failure {
+    fn from(error: SamplingError) -> Self {
+        let blame = match error {
+            SamplingError::Constraint(_) | SamplingError::NothingLeft => Blame::Request,
+            SamplingError::NotFinite => Blame::Engine,
+        };
+        Self { message: error.to_string(), blame }
     }
 }
 
@@ -113,13 +124,17 @@ impl Scratch {
     /// Samples the next token of `row`.
     pub(crate) fn sample(&mut self, row: &SamplingRow<'_>) -> Result<NextToken, SamplingError> {
         let allowed = row.allowed.map(Result::as_ref).transpose();
-        let adjusts = self.adjust(row, allowed.map_err(|error| SamplingError::Constraint(error.clone()))?);
+        let allowed = allowed.map_err(|error| SamplingError::Constraint(error.clone()))?;
+        let adjusts = self.adjust(row, allowed);
         let Self { adjusted, workspace, .. } = self;
         let values = if adjusts { adjusted } else { row.logits };
         let distribution = Distribution::new(values, row.parameters.temperature, workspace);
-        let Some(token) = distribution.map(|distribution| choose(row, distribution)) else {
-            let model_is_sound = adjusts && Distribution::new(row.logits, 1.0, workspace).is_some();
-            return Err(if model_is_sound { SamplingError::NothingLeft } else { SamplingError::NotFinite });
+        let token = match distribution.map(|distribution| choose(row, distribution)) {
+            Some(token) => token,
+            None if adjusts && Distribution::new(row.logits, 1.0, workspace).is_some() => {
+                allowed.and_then(|allowed| end(row, allowed)).ok_or(SamplingError::NothingLeft)? as usize
+            }
+            None => return Err(SamplingError::NotFinite),
         };
         let logprobs = match row.parameters.logprobs {
             Some(top) => Some(logprobs(row.logits, token, top, workspace)?),
@@ -204,6 +219,12 @@ impl Scratch {
             }
         }
     }
+}
+
+/// The first end-of-sequence token of a completion that `allowed` lets end, when nothing else may follow.
+pub(super) fn end(row: &SamplingRow<'_>, allowed: &TokenMask) -> Option<u32> {
+    let mut ends = row.stop_tokens.iter().copied();
+    ends.find(|&token| allowed.allows(token) && !row.parameters.stop_token_ids.contains(&token))
 }
 
 /// The token to take from a distribution.

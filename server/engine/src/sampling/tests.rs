@@ -370,6 +370,36 @@ fn what_is_allowed_banned_constrained_and_too_early_leaves_what_all_of_them_leav
 }
 
 #[test]
+fn where_nothing_is_left_a_completion_that_may_end_does() {
+    let logits = [5.0, 4.0, 3.0, 2.0];
+    let parameters = SamplingParameters {
+        temperature: 0.0,
+        min_tokens: 9,
+        allowed_token_ids: Some(vec![0, 3]),
+        bad_words: vec![vec![0]],
+        stop_token_ids: vec![3],
+        ..Default::default()
+    };
+    let with = |word: u32, logits: &[f32; 4]| {
+        let allowed = Ok(TokenMask::from_words(vec![word]));
+        let row =
+            SamplingRow { stop_tokens: &[1, 2, 3], allowed: Some(&allowed), ..row(logits, &parameters) };
+        if logits.iter().all(|logit| logit.is_finite()) {
+            check_that_a_device_is_asked_for_the_same(&row);
+        }
+        Scratch::default().sample(&row).map(|next| next.token_id)
+    };
+    assert_eq!(with(0b0111, &logits), Ok(1), "the first of the ends, allowed_token_ids or not");
+    assert_eq!(with(0b0101, &logits), Ok(2));
+    assert_eq!(
+        with(0b1001, &logits),
+        Err(SamplingError::NothingLeft),
+        "a stop token of the request is no end"
+    );
+    assert_eq!(with(0b0111, &[5.0, f32::NAN, 3.0, 2.0]), Err(SamplingError::NotFinite));
+}
+
+#[test]
 fn a_row_without_a_finite_logit_is_an_error_of_this_row() {
     let mut scratch = Scratch::default();
     let parameters = SamplingParameters { temperature: 0.0, min_tokens: 1, ..Default::default() };
@@ -419,8 +449,11 @@ fn rows_give_the_same_tokens_on_any_number_of_threads() {
 /// The same rows by the host's sampler and, as a device is asked for them, by the definition of the device's operation.
 fn check_that_a_device_is_asked_for_the_same(row: &SamplingRow<'_>) {
     let wanted = on_device::request(&LogitRow::Sample(*row), row.logits.len()).expect("no constraint failed");
-    let Wanted::Choice(choice) = wanted.wanted else { panic!("a token is to be chosen") };
     let found = Scratch::default().sample(row);
+    let choice = match wanted.wanted {
+        Wanted::Choice(choice) => choice,
+        Wanted::Known(end) => return assert_eq!(found.map(|next| next.token_id), Ok(end)),
+    };
     match (reference::intervals(row.logits, &choice), found) {
         (Ok(intervals), Ok(found)) => {
             let near = |interval: &&Interval| {

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use super::plan::{Effect, EffectKind};
-use crate::request::FinishReason;
+use crate::request::{Blame, Failure, FinishReason};
 use crate::sequence::{Sequence, SequenceState};
 use crate::stats::EngineStats;
 
 /// What came of the logit rows of one sequence.
 pub(super) struct Outcome<'a> {
-    pub(super) next_tokens: &'a [Result<u32, String>],
+    pub(super) next_tokens: &'a [Result<u32, Failure>],
     /// Rows for log probabilities of the prompt; those sampled from follow, if there are any.
     pub(super) scored: usize,
     /// Tokens that were computed on the guess that they are sampled, one less than rows that are sampled from.
@@ -30,8 +30,8 @@ impl Record<'_> {
     /// Applies what came of the logit rows of a sequence that nobody aborted; false if its numbers were of no use.
     pub(super) fn rows(&mut self, sequence: &mut Sequence, outcome: &Outcome<'_>) -> bool {
         let (scored, sampled) = outcome.next_tokens.split_at(outcome.scored);
-        if let Some(message) = scored.iter().find_map(|next| next.as_ref().err()) {
-            self.fail(sequence, message.clone());
+        if let Some(failure) = scored.iter().find_map(|next| next.as_ref().err()) {
+            self.fail(sequence, failure.clone());
             return false;
         }
         if !scored.is_empty() {
@@ -44,9 +44,10 @@ impl Record<'_> {
         for (index, next) in sampled.iter().enumerate() {
             let token_id = match next {
                 Ok(token_id) => *token_id,
-                Err(message) => {
-                    self.fail(sequence, message.clone());
-                    return false;
+                Err(failure) => {
+                    self.fail(sequence, failure.clone());
+                    // What the request made impossible is no flaw of the numbers.
+                    return failure.blame == Blame::Request;
                 }
             };
             self.token(sequence, token_id, outcome.first_logit_row + scored.len() + index);
@@ -58,6 +59,7 @@ impl Record<'_> {
         if !outcome.draft.is_empty() {
             sequence.confirm(outcome.draft.len(), right);
             self.counters.drafts += 1;
+            self.counters.drafts_by_length[outcome.draft.len() - 1] += 1;
             self.counters.draft_tokens += outcome.draft.len() as u64;
             self.counters.accepted_draft_tokens[..right].iter_mut().for_each(|accepted| *accepted += 1);
         }
@@ -93,7 +95,7 @@ impl Record<'_> {
                 true
             }
             Err(message) => {
-                self.fail(sequence, message);
+                self.fail(sequence, Failure::of_engine(message));
                 false
             }
         }
@@ -111,11 +113,11 @@ impl Record<'_> {
     }
 
     /// Ends a sequence that cannot go on.
-    fn fail(&mut self, sequence: &mut Sequence, message: String) {
+    fn fail(&mut self, sequence: &mut Sequence, failure: Failure) {
         sequence.state = SequenceState::Ended;
         self.counters.finished.failed += 1;
         self.counters.observe_end(sequence);
-        self.tell(sequence, EffectKind::Failed { message });
+        self.tell(sequence, EffectKind::Failed(failure));
     }
 
     fn tell_end(&mut self, sequence: &Sequence, reason: FinishReason, logit_row: Option<usize>) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nibble_model::forward::{Batch, SequenceRows};
 
-use crate::request::{FinishReason, RequestId};
+use crate::request::{Failure, FinishReason, RequestId};
 use crate::sequence::Sequence;
 
 /// Number of a step, from 0.
@@ -93,7 +93,7 @@ pub(crate) struct StepOutput {
     pub(crate) plan: StepPlan,
     /// For each of the plan's logit rows, in order: the token that follows it, sampled or known from the prompt,
     /// or why its logits are of no use. Behind a draft, as if all of it were right.
-    pub(crate) next_tokens: Vec<Result<u32, String>>,
+    pub(crate) next_tokens: Vec<Result<u32, Failure>>,
     /// The hidden states of the batch's hidden rows, one after the other.
     pub(crate) hidden_states: Vec<f32>,
     /// When the step completed, since the start of the engine.
@@ -124,5 +124,5 @@ pub(crate) enum EffectKind {
         completion_tokens: usize,
     },
     /// The request cannot go on; nothing follows.
-    Failed { message: String },
+    Failed(Failure),
 }

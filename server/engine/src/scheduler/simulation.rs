@@ -14,7 +14,7 @@ use proptest::prelude::{Strategy, any, prop, proptest};
 use super::invariants::{check, check_forgotten, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
-use crate::request::{FinishReason, Request, RequestId};
+use crate::request::{Failure, FinishReason, Request, RequestId};
 use crate::runner::RunnerLimits;
 use crate::sampling::{SamplingParameters, random};
 use crate::stats::EngineStats;
@@ -252,7 +252,7 @@ impl World {
             }));
         }
         if let (true, Some(first)) = (fails, next_tokens.first_mut()) {
-            *first = Err("not finite".to_owned());
+            *first = Err(Failure::of_engine("not finite"));
         }
         let hidden_rows = plan.batch.hidden_rows.iter();
         let hidden_states = hidden_rows.map(|&row| plan.batch.positions[row] as f32 + 1.0).collect();
@@ -320,7 +320,7 @@ impl World {
                     FinishReason::Aborted => {}
                 }
             }
-            EffectKind::Failed { message } => assert_eq!(message, "not finite"),
+            EffectKind::Failed(failure) => assert_eq!(failure.message, "not finite"),
         }
         self.owners.remove(&id);
         self.ended += 1;

@@ -9,7 +9,7 @@ use nibble_model::pooling_config::Pooling;
 use super::invariants::{check, check_forgotten, check_plan};
 use super::{Effect, EffectKind, Scheduler, StepOutput, StepPlan};
 use crate::handle::EngineConfig;
-use crate::request::{FinishReason, Request, RequestId};
+use crate::request::{Failure, FinishReason, Request, RequestId};
 use crate::runner::RunnerLimits;
 use crate::sampling::SamplingParameters;
 
@@ -417,7 +417,7 @@ fn what_a_sequence_computed_serves_others_unless_its_numbers_were_of_no_use() {
         let mut scheduler = scheduler(10, config(100, 100));
         submit_prompt(&mut scheduler, 0, (0..9).collect(), 1);
         let plan = schedule(&mut scheduler);
-        let next_tokens = vec![if sound { Ok(TOKEN) } else { Err("not finite".to_owned()) }];
+        let next_tokens = vec![if sound { Ok(TOKEN) } else { Err(Failure::of_engine("not finite")) }];
         let mut effects = Vec::new();
         let completed_at = Duration::from_secs(200);
         let output = StepOutput { plan, next_tokens, hidden_states: Vec::new(), completed_at };
