@@ -68,9 +68,9 @@ pub(crate) const SUITE: Suite = Suite {
         fault("the tile before is not entered", "        --tile;\n        step", 0, "        step"),
         fault(
             "the weights of the tile before are not found",
-            "        enter_weights();\n    }\n\n    // Starts the",
+            "        enter_weights();\n    }\n\n    // Moves on to the step before, of any tile",
             0,
-            "    }\n\n    // Starts the",
+            "    }\n\n    // Moves on to the step before, of any tile",
         ),
         fault(
             "the third matrix is taken for the second",
