@@ -7,28 +7,29 @@
 //! Dropping a [`Generation`] aborts what still runs: when a connection ends, the future or the stream that
 //! holds it is dropped, whether its sequences wait, are in prefill, or decode.
 
+mod choice;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use nibble_engine::{
-    Blame, EngineHandle, EventSink, Failure, FinishReason, Request, RequestEvent, RequestId, SinkState,
-    TokenLogprobs,
+    Blame, EngineHandle, EventSink, Failure, Request, RequestEvent, SinkState, TokenLogprobs,
 };
 use nibble_model::detokenizer::Detokenizer;
-use nibble_model::error::CheckpointError;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
+use self::choice::{Choice, TextState};
 use crate::app::AppState;
 use crate::auth::Tenant;
 use crate::metrics::{Outcome, RequestMetrics};
 use crate::observe::RequestIdentity;
 use crate::openai::error::ApiError;
 use crate::openai::types::common::Usage;
-use crate::stop_strings::{Found, StopStrings};
+use crate::stop_strings::StopStrings;
 use crate::traces::{RequestTrace, TracedUsage};
 use crate::validation::ValidRequest;
 
@@ -77,38 +78,6 @@ impl EventSink for ChannelSink {
             Err(_) => SinkState::Closed,
         }
     }
-}
-
-/// One sequence and its text so far.
-struct Choice {
-    /// Absent where the first choice of the prompt is run for all of them.
-    id: Option<RequestId>,
-    /// Absent once the choice has ended.
-    text: Option<TextState>,
-    /// Text that is certain and was not handed out yet.
-    ready: String,
-    /// Tokens that were not handed out yet.
-    tokens: Vec<TokenOutput>,
-    /// The prompt, if somebody wants to see its tokens, until it was handed out.
-    prompt: Vec<TokenOutput>,
-    /// Tokens of it that still get their log probabilities, the last ones.
-    unscored: usize,
-    /// What came before them: they are computed once, for the first choice of the prompt.
-    held: Vec<Delivery>,
-    /// The embedding, once it is there.
-    embedding: Option<Vec<f32>>,
-    include_stop: bool,
-    generated_tokens: usize,
-    /// Characters of all text that the detokenizer gave.
-    characters: usize,
-    last_token_at: Option<Instant>,
-}
-
-/// What turns tokens into text.
-struct TextState {
-    detokenizer: Detokenizer,
-    stop: StopStrings,
-    min_tokens: usize,
 }
 
 /// A token as the API reports it.
@@ -414,75 +383,6 @@ impl Generation {
             embedding: choice.embedding.take(),
             finish,
         }))
-    }
-}
-
-impl Choice {
-    /// Takes a token; tells how the choice ended if that completed a stop string.
-    fn push(
-        &mut self,
-        token_id: u32,
-        logprobs: Option<TokenLogprobs>,
-    ) -> Result<Option<Finish>, CheckpointError> {
-        self.tokens.push(TokenOutput { token_id, logprobs, text_offset: self.characters });
-        self.generated_tokens += 1;
-        let Some(state) = &mut self.text else { return Ok(None) };
-        let piece = state.detokenizer.push(token_id)?;
-        Ok(self.push_text(&piece))
-    }
-
-    /// Takes the token that ends the choice, which belongs to the text if the request says so; then it may complete a
-    /// stop string.
-    fn push_stop(
-        &mut self,
-        token_id: u32,
-        logprobs: Option<TokenLogprobs>,
-    ) -> Result<Option<Finish>, CheckpointError> {
-        self.tokens.push(TokenOutput { token_id, logprobs, text_offset: self.characters });
-        let Some(state) = self.text.as_mut().filter(|_| self.include_stop) else { return Ok(None) };
-        let piece = state.detokenizer.push(token_id)?;
-        Ok(self.push_text(&piece))
-    }
-
-    fn push_text(&mut self, piece: &str) -> Option<Finish> {
-        self.characters += piece.chars().count();
-        let state = self.text.as_mut()?;
-        if self.generated_tokens < state.min_tokens {
-            self.ready.push_str(piece);
-            return None;
-        }
-        match state.stop.push(piece) {
-            Found::Text(text) => {
-                self.ready.push_str(&text);
-                None
-            }
-            Found::Stop(text, stop) => {
-                self.ready.push_str(&text);
-                Some(Finish { outcome: Outcome::Stop, stop_reason: Some(stop.into()) })
-            }
-        }
-    }
-
-    /// Ends the choice as the engine says, unless the last of the text holds a stop string.
-    fn end(&mut self, reason: FinishReason, stop_token: Option<u32>) -> Result<Finish, ApiError> {
-        let finish = match reason {
-            FinishReason::Stop => Finish { outcome: Outcome::Stop, stop_reason: stop_token.map(Value::from) },
-            FinishReason::Length => Finish { outcome: Outcome::Length, stop_reason: None },
-            FinishReason::Aborted => {
-                let message = "the server stopped before the request was finished".to_owned();
-                return Err(ApiError::Unavailable { message });
-            }
-        };
-        let rest = match &mut self.text {
-            Some(state) => state.detokenizer.finish()?,
-            None => String::new(),
-        };
-        if let Some(stopped) = self.push_text(&rest) {
-            return Ok(stopped);
-        }
-        let held = self.text.as_mut().map(|state| state.stop.finish()).unwrap_or_default();
-        self.ready.push_str(&held);
-        Ok(finish)
     }
 }
 
