@@ -1,7 +1,8 @@
 //! One line per operation; each folder holds its definition, reference, implementations and tests.
 //!
 //! The contract of every operation: the arguments are checked first and nothing is computed when they
-//! disagree; then the work is enqueued, without allocating device memory and without waiting.
+//! disagree; then the work is enqueued, without allocating device memory and without waiting. Only [`sample`] waits: its
+//! tokens are what the host needs for the next step.
 
 pub mod dense_matmul;
 pub mod embedding;

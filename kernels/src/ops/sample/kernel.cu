@@ -9,8 +9,8 @@
 // Values that masks, bias and penalties change are marked in a bitmap in shared memory, a byte a vector, and looked up
 // in the row's sorted list when a marked vector is read.
 // Shared memory: sums of warps, sixteen digits each, 2 KB; the bitmap, a byte for eight tokens.
-// Bytes: 2 a logit and pass. Passes: one for the largest, two more for a draw; some twenty with both cuts. Limit: a
-// row's passes are one multiprocessor's, 128,000 logits about 3 us each; rows of a step run side by side.
+// Bytes: 2 a logit and pass. Passes: one for the largest, two more for a draw; some twenty with both cuts. Limit: what
+// one multiprocessor reads of the second-level cache; rows of a step run side by side.
 #include "common.cuh"
 
 constexpr u32 THREADS = 512;
