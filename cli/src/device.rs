@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use nibble_kernels::backend::Activations;
-use nibble_kernels::device::cpu::Cpu;
+use nibble_kernels::device::cpu::{Cpu, CpuCache};
 use nibble_kernels::device::cuda::card::Card;
 use nibble_kernels::device::cuda::compiler::Compiler;
 use nibble_kernels::device::cuda::driver::Driver;
@@ -295,10 +295,10 @@ impl ChosenDevice {
         Some(HOST_READ_BYTES as f64 / fastest)
     }
 
-    /// Bytes of an activation.
-    pub(crate) fn activation_bytes(&self) -> usize {
+    /// Bytes of a key or value in a KV cache.
+    pub(crate) fn cache_element_bytes(&self) -> usize {
         match self {
-            Self::Cpu { .. } => size_of::<f32>(),
+            &Self::Cpu { activations, .. } => CpuCache::element_bytes(activations),
             Self::Cuda { element, .. } => element.bytes(),
         }
     }

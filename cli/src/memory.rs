@@ -42,8 +42,8 @@ pub(crate) struct MemoryWishes {
     pub(crate) kv_cache_bytes: Option<u64>,
     /// Most bytes of a KV cache that nobody asked for.
     pub(crate) default_kv_cache_bytes: u64,
-    /// Bytes of an activation on the device.
-    pub(crate) activation_bytes: usize,
+    /// Bytes of a key or value on the device.
+    pub(crate) cache_element_bytes: usize,
     /// The longest sequence; absent: what the model was made for, or less if the cache is smaller.
     pub(crate) max_model_len: Option<usize>,
     /// Sequences that run at once.
@@ -73,7 +73,7 @@ impl MemoryPlan {
             (2..=model_len).contains(&wanted_len),
             "--max-model-len is {wanted_len}, expected from 2 to {model_len}, what the model was made for"
         );
-        let block_bytes = kv_block_bytes(config, wishes.activation_bytes);
+        let block_bytes = kv_block_bytes(config, wishes.cache_element_bytes);
         let blocks_of_sequence = wanted_len.div_ceil(BLOCK_SIZE);
         let blocks = match wishes.kv_cache_bytes {
             Some(bytes) => usize::try_from(bytes / block_bytes as u64)?,
@@ -183,7 +183,7 @@ mod tests {
         MemoryWishes {
             kv_cache_bytes: None,
             default_kv_cache_bytes: host_kv_cache_bytes(None),
-            activation_bytes: 4,
+            cache_element_bytes: 4,
             max_model_len: None,
             max_num_seqs: 4,
         }
@@ -214,7 +214,7 @@ mod tests {
         let gib = 1_u64 << 30;
         assert_eq!(card_kv_cache_bytes(80 * gib, 38 * gib), 38 * gib);
         assert_eq!(card_kv_cache_bytes(16 * gib, 38 * gib), 0);
-        let of_halves = MemoryWishes { activation_bytes: 2, ..wishes() };
+        let of_halves = MemoryWishes { cache_element_bytes: 2, ..wishes() };
         assert_eq!(MemoryPlan::new(&config(), of_halves).unwrap().kv_block_bytes, BLOCK_BYTES / 2);
     }
 

@@ -15,6 +15,8 @@ pub trait Device: Sync {
     type Buffer: Length + Send;
     /// Unsigned words: token ids, positions, block tables.
     type Indices: Length + Send;
+    /// Keys or values of a layer, in the device's cache type.
+    type Cache: Length + Send;
     /// A quantized weight matrix, packed for the device.
     type PackedMatrix: MatrixShape + Send;
     /// A dense weight matrix, packed for the device.
@@ -32,14 +34,29 @@ pub trait Device: Sync {
     /// When the device has not enough memory.
     fn indices(&self, elements: usize) -> Result<Self::Indices, KernelError>;
 
+    /// A zeroed cache of `elements` keys or values.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    fn cache(&self, elements: usize) -> Result<Self::Cache, KernelError>;
+
     /// Bytes of one activation in a buffer.
     fn activation_bytes(&self) -> usize;
+
+    /// Bytes of one key or value in a cache.
+    fn cache_element_bytes(&self) -> usize;
 
     /// Copies `values` to the start of `to`.
     ///
     /// # Errors
     /// When `to` is too short.
     fn write(&self, values: &[f32], to: &mut Self::Buffer) -> Result<(), KernelError>;
+
+    /// Copies `values` to the start of `to`, rounded to the cache's type.
+    ///
+    /// # Errors
+    /// When `to` is too short.
+    fn write_cache(&self, values: &[f32], to: &mut Self::Cache) -> Result<(), KernelError>;
 
     /// Copies `values` to the start of `to`.
     ///
@@ -91,7 +108,8 @@ pub enum Activations {
     /// Activations as they are, in the device's activation type.
     Float,
     /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
-    /// inputs: faster. A dense output head of a quantized model is held in eight bits as well.
+    /// inputs: faster. A dense output head of a quantized model is held in eight bits as well, and the KV cache of the CPU
+    /// in half precision.
     Integer,
 }
 

@@ -75,6 +75,13 @@ impl<D: Device> Checker<'_, D> {
         Ok(self.input(&vec![f32::NAN; elements])?.0)
     }
 
+    /// A cache of `elements` values that are no numbers.
+    pub(crate) fn unwritten_cache(&self, elements: usize) -> Result<D::Cache, KernelError> {
+        let mut cache = self.device.cache(elements)?;
+        self.device.write_cache(&vec![f32::NAN; elements], &mut cache)?;
+        Ok(cache)
+    }
+
     /// The first `elements` values of `buffer`.
     pub(crate) fn values(&self, buffer: &D::Buffer, elements: usize) -> Result<Vec<f32>, KernelError> {
         let mut values = vec![0.0; elements];

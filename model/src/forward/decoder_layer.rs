@@ -118,8 +118,8 @@ struct HeadNorms<B: Backend> {
 
 /// Keys and values of one layer, in the layout of [`paged_attention`].
 pub(crate) struct LayerCache<B: Backend> {
-    keys: B::Buffer,
-    values: B::Buffer,
+    keys: B::Cache,
+    values: B::Cache,
 }
 
 impl<B: Backend> LayerCache<B> {
@@ -129,7 +129,7 @@ impl<B: Backend> LayerCache<B> {
     /// When the device has not enough memory.
     pub(crate) fn new(backend: &B, config: &ModelConfig, blocks: usize) -> Result<Self, KernelError> {
         let elements = paged_attention::cache_elements(blocks, config.kv_heads, config.head_dim);
-        Ok(Self { keys: backend.buffer(elements)?, values: backend.buffer(elements)? })
+        Ok(Self { keys: backend.cache(elements)?, values: backend.cache(elements)? })
     }
 }
 

@@ -55,10 +55,10 @@ pub struct KvCache<B: Backend> {
     blocks: usize,
 }
 
-/// Bytes that a KV block takes in all layers of a model on a device whose activations have `activation_bytes` bytes.
-pub fn kv_block_bytes(config: &ModelConfig, activation_bytes: usize) -> usize {
+/// Bytes that a KV block takes in all layers of a model on a device whose keys and values have `element_bytes` bytes.
+pub fn kv_block_bytes(config: &ModelConfig, element_bytes: usize) -> usize {
     let elements = paged_attention::cache_elements(1, config.kv_heads, config.head_dim);
-    2 * elements * activation_bytes * config.layers
+    2 * elements * element_bytes * config.layers
 }
 
 impl<B: Backend> KvCache<B> {

@@ -239,7 +239,7 @@ impl Measurement<'_> {
         let blocks_each = tokens.div_ceil(paged_attention::BLOCK_SIZE);
         let blocks = sequences * blocks_each;
         let elements = paged_attention::cache_elements(blocks, kv_heads, head_dim);
-        let (key_cache, value_cache) = (backend.buffer(elements)?, backend.buffer(elements)?);
+        let (key_cache, value_cache) = (backend.cache(elements)?, backend.cache(elements)?);
         let words = (0..sequences).flat_map(|at| [at * rows, rows, tokens - rows, at * blocks_each]);
         let words: Vec<u32> = words.map(|word| word as u32).collect();
         let tables: Vec<u32> = (0..blocks as u32).collect();
@@ -249,8 +249,8 @@ impl Measurement<'_> {
         let all_rows = sequences * rows;
         let query = ones(backend, all_rows * heads * head_dim)?;
         let mut output = backend.buffer(all_rows * heads * head_dim)?;
-        let element_bytes = backend.activation_bytes();
-        let bytes = (2 * elements + 2 * all_rows * heads * head_dim) * element_bytes;
+        let activations = 2 * all_rows * heads * head_dim * backend.activation_bytes();
+        let bytes = 2 * elements * backend.cache_element_bytes() + activations;
         let seen: usize = (0..rows).map(|row| tokens - rows + row + 1).sum();
         let operations = 4.0 * (sequences * heads * head_dim) as f64 * seen as f64;
         let shape = format!(

@@ -121,7 +121,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> anyhow::Result<()> {
     let wishes = MemoryWishes {
         kv_cache_bytes: arguments.kv_cache_memory,
         default_kv_cache_bytes: device.kv_cache_bytes(weight_bytes)?,
-        activation_bytes: device.activation_bytes(),
+        cache_element_bytes: device.cache_element_bytes(),
         max_model_len: arguments.max_model_len,
         max_num_seqs: arguments.engine.max_num_seqs as usize,
     };

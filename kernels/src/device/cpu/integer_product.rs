@@ -13,10 +13,10 @@
 
 use std::mem::MaybeUninit;
 
-use super::integer_rows::{IntegerRows, STEP_DEPTH, chunks};
+use super::integer_rows::{IntegerRows, STEP_DEPTH};
 #[cfg(target_arch = "x86_64")]
 use super::integer_tiles;
-use super::matrix::PANEL_COLUMNS;
+use super::matrix::{Chunk, PANEL_COLUMNS, chunks};
 use super::panel_product::{SharedOutput, write_row};
 use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
@@ -24,6 +24,8 @@ use super::tile::for_row_tiles;
 
 /// Rows whose totals a task keeps.
 const ROW_BLOCK: usize = 128;
+/// How far ahead of few rows weights are asked for.
+const PREFETCHED_INPUTS: usize = 256;
 /// Up to this many rows go through a panel one chunk after the other with their totals in registers.
 const FEW_ROWS: usize = 4;
 
@@ -96,10 +98,8 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     if task.weight.in_features() == 0 {
         totals.fill(MaybeUninit::new(0.0));
     }
-    for (chunk, inputs) in chunks(task.weight).enumerate() {
-        let (start, steps) = (inputs.start, inputs.len().div_ceil(STEP_DEPTH));
-        let part = Part { chunk, start, steps };
-        for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(&task, &part, row, &mut totals));
+    for chunk in chunks(task.weight) {
+        for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(&task, chunk, row, &mut totals));
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
         // SAFETY: this task alone writes its panel of its rows, which the output holds; the first chunk, or the lack
@@ -119,14 +119,17 @@ unsafe fn compute_few<S: Simd, P: IntegerPanels, const M: usize>(task: &Task<'_,
         // SAFETY: M rows of the task from `first` on, two vectors of columns within the panel.
         unsafe {
             let mut totals = [[S::splat(0.0); 2]; M];
-            for (chunk, inputs) in chunks(task.weight).enumerate() {
-                let (start, steps) = (inputs.start, inputs.len().div_ceil(STEP_DEPTH));
-                let part = Part { chunk, start, steps };
-                let sums = sums::<S, P, M>(task, &part, first, column);
-                let factors = factors::<S, P>(task, start, column);
+            for chunk in chunks(task.weight) {
+                if column == 0 {
+                    task.weight.prefetch(task.panel, chunk.later(PREFETCHED_INPUTS / chunk.depth));
+                }
+                let sums = sums::<S, P, M>(task, chunk, first, column);
+                let factors = factors::<S, P>(task, chunk, column);
                 for (member, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
-                    let of_row = task.input.factors(first + member, chunk);
-                    add::<S>(totals, sums, factors, of_row);
+                    let of_row = task.input.factors(first + member, chunk.index);
+                    for (vector, total) in totals.iter_mut().enumerate() {
+                        *total = add::<S>(*total, sums[vector], factors[vector], of_row);
+                    }
                 }
             }
             for (values, totals) in values.iter_mut().zip(totals) {
@@ -141,18 +144,11 @@ unsafe fn compute_few<S: Simd, P: IntegerPanels, const M: usize>(task: &Task<'_,
     }
 }
 
-/// A chunk of the inputs.
-struct Part {
-    chunk: usize,
-    start: usize,
-    steps: usize,
-}
-
 /// Adds a chunk's sums to the totals of `M` rows from `row` of the block on.
 #[inline(always)]
 unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
     task: &Task<'_, P>,
-    part: &Part,
+    chunk: Chunk,
     row: usize,
     totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
 ) {
@@ -160,18 +156,19 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
     for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
         // SAFETY: M rows of the block remain; two vectors of columns lie in the panel.
         unsafe {
-            let sums = sums::<S, P, M>(task, part, first, column);
-            let factors = factors::<S, P>(task, part.start, column);
+            let sums = sums::<S, P, M>(task, chunk, first, column);
+            let factors = factors::<S, P>(task, chunk, column);
             for (member, sums) in sums.into_iter().enumerate() {
-                let of_row = task.input.factors(first + member, part.chunk);
+                let of_row = task.input.factors(first + member, chunk.index);
                 let totals = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS + column).cast::<f32>();
                 let mut of_columns = [S::splat(0.0); 2];
-                if part.chunk > 0 {
+                if chunk.index > 0 {
                     of_columns = [S::load(totals), S::load(totals.add(S::WIDTH))];
                 }
-                add::<S>(&mut of_columns, sums, factors, of_row);
-                S::store(totals, of_columns[0]);
-                S::store(totals.add(S::WIDTH), of_columns[1]);
+                for (vector, total) in of_columns.into_iter().enumerate() {
+                    let total = add::<S>(total, sums[vector], factors[vector], of_row);
+                    S::store(totals.add(vector * S::WIDTH), total);
+                }
             }
         }
     }
@@ -184,20 +181,20 @@ unsafe fn add_tile<S: Simd, P: IntegerPanels, const M: usize>(
 #[inline(always)]
 unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
     task: &Task<'_, P>,
-    part: &Part,
+    chunk: Chunk,
     first: usize,
     column: usize,
 ) -> [[S::I32; 2]; M] {
-    let words = task.input.words(first, part.start);
+    let words = task.input.words(first, chunk.start);
     let stride = task.input.stride();
     // SAFETY: the caller's promise; each row has words for every step.
     unsafe {
         let mut sums = [[[S::zero(); 2]; 2]; M];
-        for step in 0..part.steps {
+        for step in 0..chunk.depth.div_ceil(STEP_DEPTH) {
             // No closure: it would be compiled without the instruction set.
             let codes = [
-                task.weight.codes::<S>(task.panel, part.start, step, column),
-                task.weight.codes::<S>(task.panel, part.start, step, column + S::WIDTH),
+                task.weight.codes::<S>(task.panel, chunk, step, column),
+                task.weight.codes::<S>(task.panel, chunk, step, column + S::WIDTH),
             ];
             for (member, sums) in sums.iter_mut().enumerate() {
                 let words = words.add(member * stride + 2 * step);
@@ -219,42 +216,40 @@ unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
     }
 }
 
-/// Scale and minimum of two vectors of columns in the chunk from `start` on.
+/// Scale and minimum of two vectors of columns in a chunk.
 ///
 /// # Safety
 /// As for [`sums`].
 #[inline(always)]
-pub(super) unsafe fn factors<S: Simd, P: IntegerPanels>(
+unsafe fn factors<S: Simd, P: IntegerPanels>(
     task: &Task<'_, P>,
-    start: usize,
+    chunk: Chunk,
     column: usize,
 ) -> [[S::F32; 2]; 2] {
     // SAFETY: the caller's promise.
     unsafe {
         [
-            task.weight.scale_and_minimum::<S>(task.panel, start, column),
-            task.weight.scale_and_minimum::<S>(task.panel, start, column + S::WIDTH),
+            task.weight.scale_and_minimum::<S>(task.panel, chunk, column),
+            task.weight.scale_and_minimum::<S>(task.panel, chunk, column + S::WIDTH),
         ]
     }
 }
 
-/// Adds a chunk to the totals of a row: `sums` of products, `factors` of the columns, scale and sum of the row.
+/// Adds a chunk to the total of a row and a vector of columns: `sums` of products, `factors` of the columns, scale and sum
+/// of the row.
 ///
 /// # Safety
 /// The instruction set of `S` is available.
 #[inline(always)]
 pub(super) unsafe fn add<S: Simd>(
-    totals: &mut [S::F32; 2],
-    sums: [S::I32; 2],
-    factors: [[S::F32; 2]; 2],
-    (scale, sum): (f32, f32),
-) {
+    total: S::F32,
+    sums: S::I32,
+    [weight_scale, minimum]: [S::F32; 2],
+    [scale, sum]: [f32; 2],
+) -> S::F32 {
     // SAFETY: the caller's promise.
     unsafe {
-        for ((total, products), [weight_scale, minimum]) in totals.iter_mut().zip(sums).zip(factors) {
-            let dot = S::mul(S::splat(scale), S::to_f32(products));
-            let before = S::multiply_add(minimum, S::splat(sum), *total);
-            *total = S::multiply_add(weight_scale, dot, before);
-        }
+        let dot = S::mul(S::splat(scale), S::to_f32(sums));
+        S::multiply_add(weight_scale, dot, S::multiply_add(minimum, S::splat(sum), total))
     }
 }

@@ -6,25 +6,37 @@
 //! inputs' products for each word, and its sums are those of the vector instructions: exact, in any order. What follows in
 //! floating point is the same code.
 //!
+//! Weights are unpacked for a block of chunks, which all row tiles of the task share. A row tile is
+//! multiplied with all chunks of the block first; then its sums are scaled, chunk after chunk, with its 256 totals in
+//! registers. Sums go from tiles to vectors through memory, and a vector that is loaded soon after its tile was stored
+//! waits for long: one chunk at a time, or a few, took up to twice as long.
+//!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSUD and LDTILECFG.
 
 use std::arch::asm;
 use std::mem::MaybeUninit;
 
-use super::integer_product::{Task, add, factors};
-use super::integer_rows::{STEP_DEPTH, chunks};
-use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS};
+use super::integer_product::{Task, add};
+use super::integer_rows::STEP_DEPTH;
+use super::matrix::{Chunk, Chunks, PANEL_COLUMNS, chunks};
 use super::panel_product::write_row;
 use super::quantized_panels::IntegerPanels;
 use super::simd::{Avx512, Simd};
 
+type Vector = Avx512<true>;
+
 /// Rows and 32-bit columns of a tile.
 const TILE: usize = 16;
-const TILE_BYTES: usize = TILE * TILE * 4;
+/// Bytes of a row of a tile.
+const ROW_BYTES: usize = 4 * TILE;
 /// Column tiles of a panel.
 const COLUMN_TILES: usize = PANEL_COLUMNS / TILE;
-/// Tiles of weights that the deepest chunk takes, one below the other.
-const DEPTH_TILES: usize = CHUNK_DEPTH / (4 * TILE);
+/// Inputs and chunks of a block, at most: its unpacked weights, a tile's activations and their sums stay in the first-level
+/// cache.
+const BLOCK_INPUTS: usize = 512;
+const BLOCK_CHUNKS: usize = 8;
+/// Bytes of the unpacked weights of a block: a chunk takes a tile of 16 rows for each 64 inputs, or a part of one.
+const BLOCK_BYTES: usize = 2 * BLOCK_INPUTS * TILE;
 /// From this many rows on tiles are faster than vectors.
 pub(super) const LEAST_ROWS: usize = 8;
 /// Rows whose totals a task keeps.
@@ -75,24 +87,82 @@ struct TileShapes {
 }
 
 impl TileShapes {
-    /// Tiles 0 and 1: sums. 2 and 3: activations of `depth` words. 4 to 7: weights of `depth` rows.
+    /// Tiles 0 and 1: sums. 2 and 3: activations of `depth` words. 4 and 5: weights of `depth` rows.
     fn new(depth: usize) -> Self {
-        let (bytes, rows, full) = (4 * depth as u16, depth as u8, 4 * TILE as u16);
+        let (words, rows, full) = (4 * depth as u16, depth as u8, ROW_BYTES as u16);
         let mut shapes =
             Self { palette: 1, start_row: 0, reserved: [0; 14], bytes_of_a_row: [0; 16], rows: [0; 16] };
-        shapes.bytes_of_a_row[..8].copy_from_slice(&[full, full, bytes, bytes, full, full, full, full]);
-        shapes.rows[..8].copy_from_slice(&[16, 16, 16, 16, rows, rows, rows, rows]);
+        shapes.bytes_of_a_row[..6].copy_from_slice(&[full, full, words, words, full, full]);
+        shapes.rows[..6].copy_from_slice(&[16, 16, 16, 16, rows, rows]);
         shapes
     }
 }
 
-/// Unpacked codes of a chunk of a panel: `[column tile, depth tile]`.
+/// Sums of 16 rows and 16 columns: `[row, column]`.
 #[repr(C, align(64))]
-struct WeightTiles([[[u8; TILE_BYTES]; DEPTH_TILES]; COLUMN_TILES]);
+struct SumTile([[i32; TILE]; TILE]);
 
-/// Sums of 16 rows and the columns of a panel: `[column tile, row, column]`.
+/// The sums of a row tile and a block: `[column tile, chunk]`.
+type Sums = MaybeUninit<[[SumTile; BLOCK_CHUNKS]; COLUMN_TILES]>;
+
+/// Some chunks and 16 columns of a panel: unpacked codes, `[chunk, depth tile, word, column]`, and scale and minimum of the
+/// columns, `[chunk, 2, column]`.
 #[repr(C, align(64))]
-struct SumTiles([[[i32; TILE]; TILE]; COLUMN_TILES]);
+struct Block {
+    codes: [u8; BLOCK_BYTES],
+    factors: [[[f32; TILE]; 2]; BLOCK_CHUNKS],
+}
+
+/// How chunks are cut into tiles: those of a weight are alike, but for the last, which is filled up with zeros.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Words of a tile of activations.
+    depth: usize,
+    /// Tiles of a chunk.
+    tiles: usize,
+}
+
+impl Cut {
+    fn new(deepest: usize) -> Self {
+        let words = 2 * deepest.div_ceil(STEP_DEPTH);
+        let depth = words.clamp(1, TILE);
+        Self { depth, tiles: words.div_ceil(depth) }
+    }
+
+    fn bytes(self) -> usize {
+        self.tiles * self.depth * ROW_BYTES
+    }
+}
+
+/// The chunks of a block.
+struct Part {
+    chunks: [Chunk; BLOCK_CHUNKS],
+    count: usize,
+}
+
+impl Part {
+    /// Takes as many of `rest` as fit.
+    #[inline(always)]
+    fn next(rest: &mut Chunks) -> Self {
+        let mut part = Self { chunks: [Chunk { index: 0, start: 0, depth: 0, group: 0 }; BLOCK_CHUNKS], count: 0 };
+        let mut inputs = 0;
+        while part.count < BLOCK_CHUNKS {
+            let Some(chunk) = rest.clone().next() else { break };
+            inputs += chunk.depth;
+            if inputs > BLOCK_INPUTS {
+                break;
+            }
+            rest.next();
+            part.chunks[part.count] = chunk;
+            part.count += 1;
+        }
+        part
+    }
+
+    fn chunks(&self) -> &[Chunk] {
+        &self.chunks[..self.count]
+    }
+}
 
 /// Computes the rows of `task`, at most [`ROW_BLOCK`].
 ///
@@ -101,34 +171,33 @@ struct SumTiles([[[i32; TILE]; TILE]; COLUMN_TILES]);
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
     let rows = task.rows.len();
+    // `[row, column]`.
     let mut totals = [const { MaybeUninit::<f32>::uninit() }; ROW_BLOCK * PANEL_COLUMNS];
     if task.weight.in_features() == 0 {
         totals.fill(MaybeUninit::new(0.0));
     }
-    let mut weights = WeightTiles([[[0; TILE_BYTES]; DEPTH_TILES]; COLUMN_TILES]);
-    let mut sums = [const { SumTiles([[[0; TILE]; TILE]; COLUMN_TILES]) }; 2];
-    // Words of a tile of activations: no chunk is longer than the first.
-    let depth = (2 * task.weight.chunk_depth(0).div_ceil(STEP_DEPTH)).min(TILE);
-    let shapes = TileShapes::new(depth);
+    let mut blocks = MaybeUninit::<[[Block; COLUMN_TILES]; 2]>::uninit();
+    let blocks = blocks.as_mut_ptr().cast::<Block>();
+    let cut = Cut::new(chunks(task.weight).next().map_or(0, |chunk| chunk.depth));
+    let shapes = TileShapes::new(cut.depth);
     // SAFETY: the shapes are valid; the system saves tiles for this process.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
-    for (chunk, inputs) in chunks(task.weight).enumerate() {
-        let steps = inputs.len().div_ceil(STEP_DEPTH);
-        let depth_tiles = (2 * steps).div_ceil(depth);
-        let part = Part { chunk, start: inputs.start, depth, depth_tiles };
-        // SAFETY: the chunk lies within the weight; rows of activations end at a whole tile (`IntegerRows::fill`); row
-        // tiles below `rows` only.
-        unsafe {
-            unpack(task, &part, steps, &mut weights);
-            load_weights(&weights, depth_tiles);
-            // The sums of the next tile of rows are made while those of the last are scaled.
-            multiply(task, &part, 0, &mut sums[0]);
-            for (index, row) in (0..rows).step_by(TILE).enumerate() {
-                if row + TILE < rows {
-                    multiply(task, &part, row + TILE, &mut sums[(index + 1) % 2]);
-                }
-                scale(task, &part, row, &sums[index % 2], &mut totals);
+    let mut rest = chunks(task.weight);
+    let mut part = Part::next(&mut rest);
+    // SAFETY: the chunks of a part lie within the weight and fit a block; rows of activations end at a whole tile
+    // (`IntegerRows::fill`); row tiles below `rows` only.
+    unsafe {
+        let mut now = [blocks, blocks.add(1)];
+        let mut then = [blocks.add(2), blocks.add(3)];
+        unpack(task, &part, cut, now);
+        while part.count > 0 {
+            // The next block is unpacked first: what was just stored is slow to load.
+            let next = Part::next(&mut rest);
+            unpack(task, &next, cut, then);
+            for row in (0..rows).step_by(TILE) {
+                multiply_and_scale(task, &part, cut, row, now, &mut totals);
             }
+            (part, now, then) = (next, then, now);
         }
     }
     // SAFETY: no tile is used behind this.
@@ -143,132 +212,137 @@ pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
     }
 }
 
-/// A chunk of the inputs.
-struct Part {
-    chunk: usize,
-    start: usize,
-    /// Words of a tile of activations.
-    depth: usize,
-    /// Tiles of activations in the chunk.
-    depth_tiles: usize,
-}
-
-/// Unpacks the codes of a chunk; what the last tile has beyond it is zero.
+/// Unpacks the codes and factors of `part`, and asks for those of the part after it; what the last tile of a chunk has
+/// beyond it is zero.
 #[inline(always)]
-unsafe fn unpack<P: IntegerPanels>(task: &Task<'_, P>, part: &Part, steps: usize, weights: &mut WeightTiles) {
-    type Vector = Avx512<true>;
-    for (tile, weights) in weights.0.iter_mut().enumerate() {
-        let to = weights.as_mut_ptr().cast::<u8>();
-        for step in 0..steps {
-            // SAFETY: the chunk has the step; tile `n` holds words `n * depth` and so on, `TILE_BYTES` apart.
+unsafe fn unpack<P: IntegerPanels>(task: &Task<'_, P>, part: &Part, cut: Cut, blocks: [*mut Block; COLUMN_TILES]) {
+    for (at, &chunk) in part.chunks().iter().enumerate() {
+        task.weight.prefetch(task.panel, chunk.later(part.count));
+        let steps = chunk.depth.div_ceil(STEP_DEPTH);
+        for (tile, block) in blocks.into_iter().enumerate() {
+            let column = tile * TILE;
+            // SAFETY: the caller gives memory for two blocks, each with room for the tiles of all chunks, whose words follow
+            // each other; the chunk has the steps; vectors of 16 columns lie within the panel.
             unsafe {
-                let codes = task.weight.codes::<Vector>(task.panel, part.start, step, tile * TILE);
-                for (odd, codes) in codes.into_iter().enumerate() {
-                    let word = 2 * step + odd;
-                    let at = word / part.depth * TILE_BYTES + word % part.depth * 4 * TILE;
-                    Vector::store_u32(to.add(at).cast(), codes);
+                let codes = (&raw mut (*block).codes).cast::<u8>().add(at * cut.bytes());
+                for step in 0..steps {
+                    let [even, odd] = task.weight.codes::<Vector>(task.panel, chunk, step, column);
+                    Vector::store_u32(codes.add(2 * step * ROW_BYTES).cast(), even);
+                    Vector::store_u32(codes.add((2 * step + 1) * ROW_BYTES).cast(), odd);
                 }
+                let beyond = cut.bytes() - 2 * steps * ROW_BYTES;
+                if beyond > 0 {
+                    codes.add(2 * steps * ROW_BYTES).write_bytes(0, beyond);
+                }
+                let [scale, minimum] = task.weight.scale_and_minimum::<Vector>(task.panel, chunk, column);
+                let factors = (&raw mut (*block).factors).cast::<f32>().add(at * 2 * TILE);
+                Vector::store(factors, scale);
+                Vector::store(factors.add(TILE), minimum);
             }
         }
-        for word in 2 * steps..part.depth_tiles * part.depth {
-            let at = word / part.depth * TILE_BYTES + word % part.depth * 4 * TILE;
-            // SAFETY: as above.
-            unsafe { to.add(at).write_bytes(0, 4 * TILE) };
-        }
     }
 }
 
-/// Loads tiles 4 and 5 with the first column tile's weights, 6 and 7 with the second's.
+/// Adds the chunks of `part` to the totals of 16 rows.
 #[inline(always)]
-unsafe fn load_weights(weights: &WeightTiles, depth_tiles: usize) {
-    let at = |column: usize, depth: usize| weights.0[column][depth].as_ptr();
-    // SAFETY: every tile of weights is readable.
+unsafe fn multiply_and_scale<P: IntegerPanels>(
+    task: &Task<'_, P>,
+    part: &Part,
+    cut: Cut,
+    row: usize,
+    blocks: [*mut Block; COLUMN_TILES],
+    totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
+) {
+    let first = task.rows.start + row;
+    let mut sums = Sums::uninit();
+    let tiles = sums.as_mut_ptr().cast::<SumTile>();
+    let totals = totals.as_mut_ptr().cast::<f32>();
+    // SAFETY: 16 rows of words and factors are readable (`IntegerRows::fill`), the totals have room for 16 rows from `row`
+    // on, the blocks hold the part, and each chunk's sums are stored before they are loaded.
     unsafe {
-        asm!(
-            "tileloadd tmm4, [{first} + {stride} * 1]",
-            "tileloadd tmm6, [{second} + {stride} * 1]",
-            first = in(reg) at(0, 0),
-            second = in(reg) at(1, 0),
-            stride = in(reg) 4 * TILE,
-            options(nostack, readonly),
-        );
-        if depth_tiles > 1 {
-            asm!(
-                "tileloadd tmm5, [{first} + {stride} * 1]",
-                "tileloadd tmm7, [{second} + {stride} * 1]",
-                first = in(reg) at(0, 1),
-                second = in(reg) at(1, 1),
-                stride = in(reg) 4 * TILE,
-                options(nostack, readonly),
-            );
+        for (at, chunk) in part.chunks().iter().enumerate() {
+            let words = task.input.words(first, chunk.start);
+            let codes = [
+                (&raw const (*blocks[0]).codes).cast::<u8>().add(at * cut.bytes()),
+                (&raw const (*blocks[1]).codes).cast::<u8>().add(at * cut.bytes()),
+            ];
+            multiply(cut, words, 4 * task.input.stride(), codes, [tiles.add(at), tiles.add(BLOCK_CHUNKS + at)]);
+        }
+        for (tile, block) in blocks.into_iter().enumerate() {
+            let block_factors = (&raw const (*block).factors).cast::<f32>();
+            let sums = tiles.add(tile * BLOCK_CHUNKS);
+            let totals = totals.add(row * PANEL_COLUMNS + tile * TILE);
+            let mut of_rows = [Vector::splat(0.0); TILE];
+            if part.chunks[0].index > 0 {
+                for (member, total) in of_rows.iter_mut().enumerate() {
+                    *total = Vector::load(totals.add(member * PANEL_COLUMNS));
+                }
+            }
+            for (at, chunk) in part.chunks().iter().enumerate() {
+                let factors = block_factors.add(at * 2 * TILE);
+                let factors = [Vector::load(factors), Vector::load(factors.add(TILE))];
+                let [of_activations, sums_of_activations] = task.input.tile_factors(first, chunk.index);
+                for (member, total) in of_rows.iter_mut().enumerate() {
+                    let products = Vector::load_i32((&raw const (*sums.add(at)).0[member]).cast());
+                    let of_row = [of_activations[member], sums_of_activations[member]];
+                    *total = add::<Vector>(*total, products, factors, of_row);
+                }
+            }
+            for (member, total) in of_rows.into_iter().enumerate() {
+                Vector::store(totals.add(member * PANEL_COLUMNS), total);
+            }
         }
     }
 }
 
-/// The sums of 16 rows from `row` of the task on.
+/// The sums of 16 rows of activations and the weights of a chunk, for both column tiles.
 #[inline(always)]
-unsafe fn multiply<P: IntegerPanels>(task: &Task<'_, P>, part: &Part, row: usize, sums: &mut SumTiles) {
-    let words = task.input.words(task.rows.start + row, part.start);
-    let stride = 4 * task.input.stride();
-    let [first, second] = &mut sums.0;
-    // SAFETY: 16 rows of words are readable (`IntegerRows::fill`), `sums` holds two tiles.
+unsafe fn multiply(
+    cut: Cut,
+    words: *const i32,
+    stride: usize,
+    codes: [*const u8; COLUMN_TILES],
+    sums: [*mut SumTile; COLUMN_TILES],
+) {
+    // SAFETY: the caller gives 16 rows of words and the weights of a chunk; each of `sums` holds a tile.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
             "tileloadd tmm2, [{words} + {stride} * 1]",
+            "tileloadd tmm4, [{left} + {row} * 1]",
+            "tileloadd tmm5, [{right} + {row} * 1]",
             "tdpbsud tmm0, tmm2, tmm4",
-            "tdpbsud tmm1, tmm2, tmm6",
+            "tdpbsud tmm1, tmm2, tmm5",
             words = in(reg) words,
             stride = in(reg) stride,
+            left = in(reg) codes[0],
+            right = in(reg) codes[1],
+            row = in(reg) ROW_BYTES,
             options(nostack, readonly),
         );
-        if part.depth_tiles > 1 {
+        if cut.tiles > 1 {
             asm!(
                 "tileloadd tmm3, [{words} + {stride} * 1]",
-                "tdpbsud tmm0, tmm3, tmm5",
-                "tdpbsud tmm1, tmm3, tmm7",
-                words = in(reg) words.add(part.depth),
+                "tileloadd tmm4, [{left} + {row} * 1]",
+                "tileloadd tmm5, [{right} + {row} * 1]",
+                "tdpbsud tmm0, tmm3, tmm4",
+                "tdpbsud tmm1, tmm3, tmm5",
+                words = in(reg) words.add(cut.depth),
                 stride = in(reg) stride,
+                left = in(reg) codes[0].add(cut.depth * ROW_BYTES),
+                right = in(reg) codes[1].add(cut.depth * ROW_BYTES),
+                row = in(reg) ROW_BYTES,
                 options(nostack, readonly),
             );
         }
         asm!(
-            "tilestored [{first} + {stride} * 1], tmm0",
-            "tilestored [{second} + {stride} * 1], tmm1",
-            first = in(reg) first.as_mut_ptr(),
-            second = in(reg) second.as_mut_ptr(),
-            stride = in(reg) 4 * TILE,
+            "tilestored [{left} + {row} * 1], tmm0",
+            "tilestored [{right} + {row} * 1], tmm1",
+            left = in(reg) sums[0],
+            right = in(reg) sums[1],
+            row = in(reg) ROW_BYTES,
             options(nostack),
         );
-    }
-}
-
-/// Scales the sums of up to 16 rows from `row` of the task on, and adds them to the totals.
-#[inline(always)]
-unsafe fn scale<P: IntegerPanels>(
-    task: &Task<'_, P>,
-    part: &Part,
-    row: usize,
-    sums: &SumTiles,
-    totals: &mut [MaybeUninit<f32>; ROW_BLOCK * PANEL_COLUMNS],
-) {
-    type Vector = Avx512<true>;
-    // SAFETY: both vectors of columns lie in the panel, and the totals hold the rows.
-    unsafe {
-        let factors = factors::<Vector, P>(task, part.start, 0);
-        for member in 0..TILE.min(task.rows.len() - row) {
-            let of_row = task.input.factors(task.rows.start + row + member, part.chunk);
-            let totals = totals.as_mut_ptr().add((row + member) * PANEL_COLUMNS).cast::<f32>();
-            let mut of_columns = [Vector::splat(0.0); 2];
-            if part.chunk > 0 {
-                of_columns = [Vector::load(totals), Vector::load(totals.add(TILE))];
-            }
-            let sums =
-                [Vector::load_i32(sums.0[0][member].as_ptr()), Vector::load_i32(sums.0[1][member].as_ptr())];
-            add::<Vector>(&mut of_columns, sums, factors, of_row);
-            Vector::store(totals, of_columns[0]);
-            Vector::store(totals.add(TILE), of_columns[1]);
-        }
     }
 }

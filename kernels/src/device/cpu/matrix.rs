@@ -4,6 +4,8 @@
 //! then those of input 1, and so on, so that one load gives the same input for many outputs. Missing outputs of
 //! the last panel are zero. Quantized matrices: [`super::quantized_panels`].
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::DisjointSlices;
@@ -25,25 +27,80 @@ pub(crate) trait Panels: Sync {
 
     fn out_features(&self) -> usize;
     fn in_features(&self) -> usize;
-    /// The length of the chunk that starts at depth `start`: never crosses a group.
-    fn chunk_depth(&self, start: usize) -> usize;
+    /// Inputs of a group, which no chunk crosses.
+    fn group_size(&self) -> usize;
     /// The input feature at each stored depth, when they are not in order.
     fn permutation(&self) -> Option<&[u32]>;
-    /// The chunk of `panel` from depth `start` and column `column` on.
+    /// A chunk of `panel` from column `column` on.
     ///
     /// # Safety
-    /// `start` begins a chunk, `column + V * S::WIDTH` is at most [`PANEL_COLUMNS`].
+    /// `chunk` is one of [`chunks`], `column + V * S::WIDTH` is at most [`PANEL_COLUMNS`].
     unsafe fn chunk<S: Simd, const V: usize>(
         &self,
         panel: usize,
-        start: usize,
+        chunk: Chunk,
         column: usize,
     ) -> Self::Chunk<S, V>;
     /// What the sums of the columns in that chunk are multiplied by.
     ///
     /// # Safety
     /// As for [`Panels::chunk`].
-    unsafe fn scale<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32;
+    unsafe fn scale<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> S::F32;
+}
+
+/// Inputs whose terms are summed before the sum is scaled.
+#[derive(Clone, Copy)]
+pub(crate) struct Chunk {
+    pub(crate) index: usize,
+    /// Its first input.
+    pub(crate) start: usize,
+    pub(crate) depth: usize,
+    /// The group that it lies in.
+    pub(crate) group: usize,
+}
+
+impl Chunk {
+    /// As if this chunk lay `chunks` chunks of its depth later.
+    pub(crate) fn later(self, chunks: usize) -> Self {
+        let Self { index, start, depth, group } = self;
+        Self { index: index + chunks, start: start + chunks * depth, depth, group: group + chunks }
+    }
+
+    pub(crate) fn inputs(self) -> Range<usize> {
+        self.start..self.start + self.depth
+    }
+}
+
+/// The chunks of a weight, in order.
+#[derive(Clone)]
+pub(crate) struct Chunks {
+    next: Chunk,
+    group_size: usize,
+    group_end: usize,
+    inputs: usize,
+}
+
+pub(crate) fn chunks<P: Panels>(weight: &P) -> Chunks {
+    let group_size = weight.group_size();
+    let next = Chunk { index: 0, start: 0, depth: 0, group: 0 };
+    Chunks { next, group_size, group_end: group_size, inputs: weight.in_features() }
+}
+
+impl Iterator for Chunks {
+    type Item = Chunk;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Chunk> {
+        let Chunk { index, start, group, .. } = self.next;
+        if start >= self.inputs {
+            return None;
+        }
+        let end = self.group_end.min(self.inputs).min(start + CHUNK_DEPTH);
+        let group_ends = end == self.group_end;
+        self.next = Chunk { index: index + 1, start: end, depth: 0, group: group + usize::from(group_ends) };
+        self.group_end += if group_ends { self.group_size } else { 0 };
+        Some(Chunk { index, start, depth: end - start, group })
+    }
 }
 
 /// Stores values in panel order on all threads of `pool`; `value` gives them by output and input.
@@ -101,8 +158,8 @@ macro_rules! dense_panels {
             fn in_features(&self) -> usize {
                 self.in_features
             }
-            fn chunk_depth(&self, start: usize) -> usize {
-                CHUNK_DEPTH.min(self.in_features - start)
+            fn group_size(&self) -> usize {
+                self.in_features
             }
             fn permutation(&self) -> Option<&[u32]> {
                 None
@@ -111,14 +168,14 @@ macro_rules! dense_panels {
             unsafe fn chunk<S: Simd, const V: usize>(
                 &self,
                 panel: usize,
-                start: usize,
+                chunk: Chunk,
                 column: usize,
             ) -> Self::Chunk<S, V> {
-                let offset = (panel * self.in_features + start) * PANEL_COLUMNS + column;
+                let offset = (panel * self.in_features + chunk.start) * PANEL_COLUMNS + column;
                 $columns { from: self.values[offset..].as_ptr(), stride: PANEL_COLUMNS }
             }
             #[inline(always)]
-            unsafe fn scale<S: Simd>(&self, _: usize, _: usize, _: usize) -> S::F32 {
+            unsafe fn scale<S: Simd>(&self, _: usize, _: Chunk, _: usize) -> S::F32 {
                 // SAFETY: the caller vouches for the instruction set.
                 unsafe { S::splat(1.0) }
             }

@@ -4,7 +4,8 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-mod aligned;
+pub(crate) mod aligned;
+pub(crate) mod cache;
 pub(crate) mod integer_product;
 pub(crate) mod integer_rows;
 #[cfg(target_arch = "x86_64")]
@@ -18,6 +19,7 @@ pub(crate) mod thread_pool;
 pub(crate) mod tile;
 
 use aligned::AlignedVec;
+pub use cache::CpuCache;
 use integer_rows::IntegerRows;
 pub use matrix::CpuDenseMatrix;
 pub use quantized_panels::CpuPackedMatrix;
@@ -26,6 +28,7 @@ pub use thread_pool::ThreadPool;
 
 use crate::backend::{Activations, Device, Length, MatrixShape};
 use crate::error::KernelError;
+use crate::ops::paged_attention::AttentionScratch;
 use crate::ops::sample::Sample;
 use crate::tensor::{DenseMatrix, QuantizedMatrix};
 
@@ -36,6 +39,8 @@ pub struct Cpu {
     activations: Activations,
     /// Rounded activations of one product; no two run at once.
     integer_rows: Mutex<IntegerRows>,
+    /// The tasks of one attention.
+    attention: Mutex<AttentionScratch>,
 }
 
 /// Activations of the CPU device.
@@ -63,6 +68,7 @@ impl Cpu {
             pool: ThreadPool::new(threads),
             activations: Activations::Float,
             integer_rows: Mutex::new(IntegerRows::new()),
+            attention: Mutex::new(AttentionScratch::new()),
         }
     }
 
@@ -76,6 +82,12 @@ impl Cpu {
     pub(crate) fn integer_rows(&self) -> MutexGuard<'_, IntegerRows> {
         // Whatever a panic left in there is overwritten by the next product.
         self.integer_rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for the tasks of an attention.
+    pub(crate) fn attention_scratch(&self) -> MutexGuard<'_, AttentionScratch> {
+        // As above.
+        self.attention.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The instruction set in use.
@@ -150,6 +162,7 @@ impl MatrixShape for CpuDenseMatrix {
 impl Device for Cpu {
     type Buffer = CpuBuffer;
     type Indices = CpuIndices;
+    type Cache = CpuCache;
     type PackedMatrix = CpuPackedMatrix;
     type DenseMatrix = CpuDenseMatrix;
 
@@ -161,14 +174,26 @@ impl Device for Cpu {
         Ok(CpuIndices(AlignedVec::zeroed(elements)))
     }
 
+    fn cache(&self, elements: usize) -> Result<CpuCache, KernelError> {
+        Ok(CpuCache::zeroed(elements, self.activations))
+    }
+
     fn activation_bytes(&self) -> usize {
         size_of::<f32>()
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        CpuCache::element_bytes(self.activations)
     }
 
     fn write(&self, values: &[f32], to: &mut CpuBuffer) -> Result<(), KernelError> {
         fits("write", values.len(), to.0.len())?;
         to.0[..values.len()].copy_from_slice(values);
         Ok(())
+    }
+
+    fn write_cache(&self, values: &[f32], to: &mut CpuCache) -> Result<(), KernelError> {
+        to.write(values)
     }
 
     fn write_indices(&self, values: &[u32], to: &mut CpuIndices) -> Result<(), KernelError> {

@@ -6,7 +6,7 @@
 //! chunk once into a buffer that stays in the first-level cache. Both multiply the same values in the same
 //! order, so they agree bit for bit.
 
-use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels};
+use super::matrix::{CHUNK_DEPTH, Chunk, PANEL_COLUMNS, Panels, chunks};
 use super::simd::{InstructionSet, Simd, dispatch};
 use super::tile::{Columns, FloatColumns, Rows, for_row_tiles, tile};
 
@@ -97,9 +97,8 @@ unsafe fn compute_direct<S: Simd, P: Panels, const V: usize>(task: &Task<'_, P>)
         // activations as the weight has inputs.
         unsafe {
             let mut totals = [S::splat(0.0); V];
-            let mut start = 0;
-            while start < inputs {
-                let depth = task.weight.chunk_depth(start);
+            for chunk in chunks(task.weight) {
+                let Chunk { start, depth, .. } = chunk;
                 let rows = match task.weight.permutation() {
                     None => Rows { from: activations[start..].as_ptr(), stride: 0 },
                     Some(permutation) => {
@@ -107,13 +106,12 @@ unsafe fn compute_direct<S: Simd, P: Panels, const V: usize>(task: &Task<'_, P>)
                         Rows { from: gathered.as_ptr(), stride: 0 }
                     }
                 };
-                let columns = task.weight.chunk::<S, V>(task.panel, start, 0);
+                let columns = task.weight.chunk::<S, V>(task.panel, chunk, 0);
                 let [sums] = tile::<S, _, 1, V>(rows, columns, depth);
                 for (vector, (total, sum)) in totals.iter_mut().zip(sums).enumerate() {
-                    let scale = task.weight.scale::<S>(task.panel, start, vector * S::WIDTH);
+                    let scale = task.weight.scale::<S>(task.panel, chunk, vector * S::WIDTH);
                     *total = S::multiply_add(scale, sum, *total);
                 }
-                start += depth;
             }
             let mut values = [0.0; PANEL_COLUMNS];
             for (vector, total) in totals.into_iter().enumerate() {
@@ -126,25 +124,22 @@ unsafe fn compute_direct<S: Simd, P: Panels, const V: usize>(task: &Task<'_, P>)
 
 #[inline(always)]
 unsafe fn compute_widened<S: Simd, P: Panels>(task: &Task<'_, P>) {
-    let inputs = task.weight.in_features();
     let rows = task.rows.len();
     let mut totals = [0.0f32; ROW_BLOCK * PANEL_COLUMNS];
     let mut widened = [0.0f32; CHUNK_DEPTH * PANEL_COLUMNS];
-    let mut start = 0;
-    while start < inputs {
-        let depth = task.weight.chunk_depth(start);
+    for chunk in chunks(task.weight) {
+        let Chunk { start, depth, .. } = chunk;
         let mut scales = [0.0f32; PANEL_COLUMNS];
         for column in (0..PANEL_COLUMNS).step_by(S::WIDTH) {
             // SAFETY: the chunk lies within the weight; `widened` holds 128 depths of 32 columns.
             unsafe {
-                let chunk = task.weight.chunk::<S, 1>(task.panel, start, column);
-                widen::<S, _>(chunk, depth, widened[column..].as_mut_ptr());
-                S::store(scales[column..].as_mut_ptr(), task.weight.scale::<S>(task.panel, start, column));
+                let columns = task.weight.chunk::<S, 1>(task.panel, chunk, column);
+                widen::<S, _>(columns, depth, widened[column..].as_mut_ptr());
+                S::store(scales[column..].as_mut_ptr(), task.weight.scale::<S>(task.panel, chunk, column));
             }
         }
         let chunk = WidenedChunk { start, depth, columns: &widened, scales: &scales };
         for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(task, &chunk, row, &mut totals));
-        start += depth;
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
         // SAFETY: this task alone writes its panel of its rows.
@@ -231,9 +226,14 @@ pub(crate) unsafe fn write_row<P: Panels>(
     let out = weight.out_features();
     let first = panel * PANEL_COLUMNS;
     let columns = PANEL_COLUMNS.min(out - first);
-    for (column, &value) in values[..columns].iter().enumerate() {
-        let bias = bias.map_or(0.0, |bias| bias[first + column]);
-        // SAFETY: the caller's promise.
-        unsafe { *output.0.add(row * out + first + column) = value + bias };
+    // SAFETY: the caller's promise.
+    let output = unsafe { std::slice::from_raw_parts_mut(output.0.add(row * out + first), columns) };
+    match bias {
+        None => output.copy_from_slice(&values[..columns]),
+        Some(bias) => {
+            for ((output, value), bias) in output.iter_mut().zip(values).zip(&bias[first..first + columns]) {
+                *output = value + bias;
+            }
+        }
     }
 }

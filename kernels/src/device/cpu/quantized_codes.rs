@@ -7,7 +7,7 @@
 //! bytes      up to 8 bits   [panel, input, 32]     for groups that no step of eight inputs fits
 //! ```
 
-use super::aligned::AlignedVec;
+use super::aligned::{AlignedVec, prefetch_bytes};
 use super::matrix::{PANEL_COLUMNS, pack};
 use super::simd::Simd;
 use super::thread_pool::ThreadPool;
@@ -18,6 +18,8 @@ use crate::tensor::QuantizedMatrix;
 pub(super) const STEP: usize = 8;
 /// Steps whose fifth bits are in one word.
 pub(super) const STEPS_OF_FIFTH_BITS: usize = 4;
+/// Bytes of a word for each column of a panel.
+const PANEL_BYTES: usize = PANEL_COLUMNS * size_of::<u32>();
 
 /// The packed codes of a matrix.
 pub(crate) trait Codes: Clone + Sync {
@@ -46,6 +48,8 @@ pub(crate) trait IntegerCodes: Codes {
     /// # Safety
     /// As for [`super::matrix::Panels::chunk`] with one vector; the chunk has that step.
     unsafe fn step<S: Simd>(&self, place: Place, step: usize) -> [S::U32; 2];
+    /// Asks for the codes of `steps` steps from `place` on, which may lie behind the panel.
+    fn prefetch(&self, place: Place, steps: usize);
     /// `sum` and the products of such codes and of activations.
     ///
     /// # Safety
@@ -132,6 +136,12 @@ impl Codes for Nibbles {
 
 impl IntegerCodes for Nibbles {
     #[inline(always)]
+    fn prefetch(&self, place: Place, steps: usize) {
+        let at = place.at(place.inputs.div_ceil(STEP), place.start / STEP);
+        prefetch_bytes(self.words.as_ptr().wrapping_add(at), steps * PANEL_BYTES);
+    }
+
+    #[inline(always)]
     unsafe fn step<S: Simd>(&self, place: Place, step: usize) -> [S::U32; 2] {
         let at = place.at(place.inputs.div_ceil(STEP), place.start / STEP + step);
         debug_assert!(at + S::WIDTH <= self.words.len());
@@ -182,6 +192,15 @@ impl Codes for FiveBits {
 }
 
 impl IntegerCodes for FiveBits {
+    #[inline(always)]
+    fn prefetch(&self, place: Place, steps: usize) {
+        self.nibbles.prefetch(place, steps);
+        let words = place.inputs.div_ceil(STEP * STEPS_OF_FIFTH_BITS);
+        let at = place.at(words, place.start / STEP / STEPS_OF_FIFTH_BITS);
+        let rows = steps.div_ceil(STEPS_OF_FIFTH_BITS);
+        prefetch_bytes(self.high.as_ptr().wrapping_add(at), rows * PANEL_BYTES);
+    }
+
     #[inline(always)]
     unsafe fn step<S: Simd>(&self, place: Place, step: usize) -> [S::U32; 2] {
         let index = place.start / STEP + step;
@@ -234,6 +253,12 @@ impl<const BITS: u32> Codes for Words<BITS> {
 }
 
 impl<const BITS: u32> IntegerCodes for Words<BITS> {
+    #[inline(always)]
+    fn prefetch(&self, place: Place, steps: usize) {
+        let at = place.at(place.inputs.div_ceil(STEP) * 2, place.start / STEP * 2);
+        prefetch_bytes(self.words.as_ptr().wrapping_add(at), 2 * steps * PANEL_BYTES);
+    }
+
     #[inline(always)]
     unsafe fn step<S: Simd>(&self, place: Place, step: usize) -> [S::U32; 2] {
         let at = place.at(place.inputs.div_ceil(STEP) * 2, (place.start / STEP + step) * 2);

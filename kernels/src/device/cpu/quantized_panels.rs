@@ -5,9 +5,9 @@
 
 use half::f16;
 
-use super::aligned::AlignedVec;
+use super::aligned::{AlignedVec, prefetch, prefetch_bytes};
 use super::integer_rows::IntegerRows;
-use super::matrix::{CHUNK_DEPTH, PANEL_COLUMNS, Panels, pack};
+use super::matrix::{Chunk, PANEL_COLUMNS, Panels, pack};
 use super::quantized_codes::{Bytes, Codes, FiveBits, IntegerCodes, Nibbles, Place, STEP, Words};
 use super::simd::{InstructionSet, Simd};
 use super::thread_pool::ThreadPool;
@@ -35,6 +35,15 @@ impl GroupValues {
         match self {
             Self::F16(values) => values.bytes(),
             Self::F32(values) => values.bytes(),
+        }
+    }
+
+    /// Asks for the values of a panel's columns from `offset` on, wherever that is.
+    #[inline(always)]
+    fn prefetch(&self, offset: usize) {
+        match self {
+            Self::F16(values) => prefetch_bytes(values.as_ptr().wrapping_add(offset), PANEL_COLUMNS * 2),
+            Self::F32(values) => prefetch_bytes(values.as_ptr().wrapping_add(offset), PANEL_COLUMNS * 4),
         }
     }
 
@@ -111,13 +120,8 @@ impl Groups {
         self.scales.bytes() + offsets
     }
 
-    fn chunk_depth(&self, start: usize) -> usize {
-        let in_group = self.group_size - start % self.group_size;
-        CHUNK_DEPTH.min(in_group).min(self.in_features - start)
-    }
-
-    fn at(&self, panel: usize, start: usize, column: usize) -> usize {
-        (panel * self.groups + start / self.group_size) * PANEL_COLUMNS + column
+    fn at(&self, panel: usize, chunk: Chunk, column: usize) -> usize {
+        (panel * self.groups + chunk.group) * PANEL_COLUMNS + column
     }
 
     /// `[a, b, c]` of `weight = (code * a + b) * c`, for the columns of a chunk: exact up to one rounding.
@@ -125,8 +129,8 @@ impl Groups {
     /// # Safety
     /// As for [`Panels::chunk`] with one vector.
     #[inline(always)]
-    unsafe fn affine<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 3] {
-        let at = self.at(panel, start, column);
+    unsafe fn affine<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> [S::F32; 3] {
+        let at = self.at(panel, chunk, column);
         // SAFETY: the caller keeps column + WIDTH within the panel.
         unsafe {
             let (one, scale) = (S::splat(1.0), self.scales.load::<S>(at));
@@ -146,8 +150,8 @@ impl Groups {
     /// # Safety
     /// As for [`Panels::chunk`] with one vector.
     #[inline(always)]
-    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 2] {
-        let at = self.at(panel, start, column);
+    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> [S::F32; 2] {
+        let at = self.at(panel, chunk, column);
         // SAFETY: the caller keeps column + WIDTH within the panel.
         unsafe {
             let scale = self.scales.load::<S>(at);
@@ -164,6 +168,20 @@ impl Groups {
     }
 }
 
+impl Groups {
+    /// Asks for what the group of a chunk adds to its codes.
+    #[inline(always)]
+    fn prefetch(&self, panel: usize, chunk: Chunk) {
+        let at = self.at(panel, chunk, 0);
+        self.scales.prefetch(at);
+        match &self.offsets {
+            Offsets::ZeroPoint(_) => {}
+            Offsets::ZeroPoints(zero_points) => prefetch(zero_points.as_ptr().wrapping_add(at)),
+            Offsets::Minimums(minimums) => minimums.prefetch(at),
+        }
+    }
+}
+
 /// A quantized matrix whose codes are packed as `C`.
 #[derive(Clone)]
 pub(crate) struct PackedPanels<C> {
@@ -176,8 +194,8 @@ impl<C: Codes> PackedPanels<C> {
         Self { groups: Groups::new(matrix, pool), codes: C::pack(matrix, pool) }
     }
 
-    fn place(&self, panel: usize, start: usize, column: usize) -> Place {
-        Place { inputs: self.groups.in_features, panel, start, column }
+    fn place(&self, panel: usize, chunk: Chunk, column: usize) -> Place {
+        Place { inputs: self.groups.in_features, panel, start: chunk.start, column }
     }
 
     fn bytes(&self) -> usize {
@@ -194,8 +212,8 @@ impl<C: Codes> Panels for PackedPanels<C> {
     fn in_features(&self) -> usize {
         self.groups.in_features
     }
-    fn chunk_depth(&self, start: usize) -> usize {
-        self.groups.chunk_depth(start)
+    fn group_size(&self) -> usize {
+        self.groups.group_size
     }
     fn permutation(&self) -> Option<&[u32]> {
         self.groups.permutation.as_deref()
@@ -204,7 +222,7 @@ impl<C: Codes> Panels for PackedPanels<C> {
     unsafe fn chunk<S: Simd, const V: usize>(
         &self,
         panel: usize,
-        start: usize,
+        chunk: Chunk,
         column: usize,
     ) -> Self::Chunk<S, V> {
         // SAFETY: the caller keeps column + V * WIDTH within the panel.
@@ -212,42 +230,50 @@ impl<C: Codes> Panels for PackedPanels<C> {
             let (mut factors, mut offsets) = ([S::splat(0.0); V], [S::splat(0.0); V]);
             for (vector, (factor, offset)) in factors.iter_mut().zip(&mut offsets).enumerate() {
                 let column = column + vector * S::WIDTH;
-                [*factor, *offset, _] = self.groups.affine::<S>(panel, start, column);
+                [*factor, *offset, _] = self.groups.affine::<S>(panel, chunk, column);
             }
-            self.codes.chunk::<S, V>(self.place(panel, start, column), factors, offsets)
+            self.codes.chunk::<S, V>(self.place(panel, chunk, column), factors, offsets)
         }
     }
     #[inline(always)]
-    unsafe fn scale<S: Simd>(&self, panel: usize, start: usize, column: usize) -> S::F32 {
+    unsafe fn scale<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> S::F32 {
         // SAFETY: the caller's promise.
-        unsafe { self.groups.affine::<S>(panel, start, column)[2] }
+        unsafe { self.groups.affine::<S>(panel, chunk, column)[2] }
     }
 }
 
 /// Panels whose codes can be multiplied as integers.
 pub(crate) trait IntegerPanels: Panels {
-    /// The codes of inputs 0, 2, 4 and 6 of step `step` from depth `start` on, and those of 1, 3, 5 and 7, a byte each.
+    /// The codes of inputs 0, 2, 4 and 6 of step `step` of `chunk`, and those of 1, 3, 5 and 7, a byte each.
     ///
     /// # Safety
     /// As for [`Panels::chunk`] with one vector; the chunk has that step.
-    unsafe fn codes<S: Simd>(&self, panel: usize, start: usize, step: usize, column: usize) -> [S::U32; 2];
+    unsafe fn codes<S: Simd>(&self, panel: usize, chunk: Chunk, step: usize, column: usize) -> [S::U32; 2];
+    /// Asks for what [`IntegerPanels::codes`] and [`IntegerPanels::scale_and_minimum`] will read of a chunk, which may lie
+    /// behind the last: then for what lies there, the next panel.
+    fn prefetch(&self, panel: usize, chunk: Chunk);
     /// `sum` and the products of such codes and of activations.
     ///
     /// # Safety
     /// The instruction set of `S` is available.
     unsafe fn dot<S: Simd>(sum: S::I32, codes: S::U32, activations: i32) -> S::I32;
-    /// Scale and minimum of the columns in the chunk from `start` on: `weight = code * scale + minimum`.
+    /// Scale and minimum of the columns in `chunk`: `weight = code * scale + minimum`.
     ///
     /// # Safety
     /// As for [`Panels::chunk`] with one vector.
-    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 2];
+    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> [S::F32; 2];
 }
 
 impl<C: IntegerCodes> IntegerPanels for PackedPanels<C> {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(&self, panel: usize, start: usize, step: usize, column: usize) -> [S::U32; 2] {
+    fn prefetch(&self, panel: usize, chunk: Chunk) {
+        self.codes.prefetch(self.place(panel, chunk, 0), chunk.depth.div_ceil(STEP));
+        self.groups.prefetch(panel, chunk);
+    }
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(&self, panel: usize, chunk: Chunk, step: usize, column: usize) -> [S::U32; 2] {
         // SAFETY: the caller's promise.
-        unsafe { self.codes.step::<S>(self.place(panel, start, column), step) }
+        unsafe { self.codes.step::<S>(self.place(panel, chunk, column), step) }
     }
     #[inline(always)]
     unsafe fn dot<S: Simd>(sum: S::I32, codes: S::U32, activations: i32) -> S::I32 {
@@ -255,9 +281,9 @@ impl<C: IntegerCodes> IntegerPanels for PackedPanels<C> {
         unsafe { C::dot::<S>(sum, codes, activations) }
     }
     #[inline(always)]
-    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, start: usize, column: usize) -> [S::F32; 2] {
+    unsafe fn scale_and_minimum<S: Simd>(&self, panel: usize, chunk: Chunk, column: usize) -> [S::F32; 2] {
         // SAFETY: the caller's promise.
-        unsafe { self.groups.scale_and_minimum::<S>(panel, start, column) }
+        unsafe { self.groups.scale_and_minimum::<S>(panel, chunk, column) }
     }
 }
 

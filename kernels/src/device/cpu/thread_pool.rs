@@ -1,13 +1,15 @@
 //! A pool that hands out the tasks of one operation and waits for all of them.
 //!
 //! A decode step is some hundred operations of a few microseconds each. A worker therefore spins for a while before it
-//! sleeps, and one that comes late is not waited for: the caller goes on as soon as all tasks are done. Tasks are handed
-//! out in runs of neighbours, long ones first, because neighbours read neighbouring memory. Which thread runs a task
-//! never changes what the task computes.
+//! sleeps, and one that comes late is not waited for: the caller goes on as soon as all tasks are done. Each thread begins
+//! with a share of its own, the same part of the tasks in every job, because what it wrote in the last operation still lies
+//! in its cache; it takes its tasks in runs of neighbours, long ones first, and then helps the others from the end of
+//! theirs. Which thread runs a task never changes what the task computes.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -34,8 +36,43 @@ type Body = dyn Fn(usize) + Sync + 'static;
 struct Job {
     /// The borrowed body of the current [`ThreadPool::run`], which outlives every use by workers.
     body: *const Body,
+    /// Tasks that are taken as one, so that their number fits a [`Share`].
+    tasks_of_unit: usize,
     tasks: usize,
-    threads: usize,
+}
+
+/// Units of the current job that nobody took yet: the first one in the low half, the end in the high half.
+struct Share(Apart<AtomicU64>);
+
+impl Share {
+    fn new() -> Self {
+        Self(Apart(AtomicU64::new(0)))
+    }
+
+    fn set(&self, units: Range<u64>) {
+        self.0.0.store(units.start | units.end << 32, Ordering::Relaxed);
+    }
+
+    /// Takes half of what is left, from the front or from the back.
+    fn take(&self, from_front: bool) -> Option<Range<u64>> {
+        loop {
+            let units = self.0.0.load(Ordering::Relaxed);
+            let (first, end) = (units & u64::from(u32::MAX), units >> 32);
+            let count = (end - first).div_ceil(2);
+            if count == 0 {
+                return None;
+            }
+            let (taken, left) = if from_front {
+                (first..first + count, first + count..end)
+            } else {
+                (end - count..end, first..end - count)
+            };
+            let left = left.start | left.end << 32;
+            if self.0.0.compare_exchange_weak(units, left, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                return Some(taken);
+            }
+        }
+    }
 }
 
 /// A value in cache lines of its own (processors fetch lines in pairs).
@@ -45,7 +82,8 @@ struct Apart<T>(T);
 struct Shared {
     /// The number of the job, whether it is open, and the workers inside.
     state: Apart<AtomicUsize>,
-    next_task: Apart<AtomicUsize>,
+    /// One for each thread; the caller's is the first.
+    shares: Box<[Share]>,
     /// Written by the caller while no worker is inside, read by workers that are.
     job: UnsafeCell<Job>,
     panicked: AtomicBool,
@@ -74,8 +112,8 @@ impl ThreadPool {
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             state: Apart(AtomicUsize::new(0)),
-            next_task: Apart(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job { body: &idle, tasks: 0, threads: 1 }),
+            shares: (0..threads.clamp(1, OPEN)).map(|_| Share::new()).collect(),
+            job: UnsafeCell::new(Job { body: &idle, tasks_of_unit: 1, tasks: 0 }),
             panicked: AtomicBool::new(false),
             sleepers: Apart(AtomicUsize::new(0)),
             wake: Condvar::new(),
@@ -86,7 +124,7 @@ impl ThreadPool {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new()
                     .name(format!("nibble-cpu-{index}"))
-                    .spawn(move || work(&shared))
+                    .spawn(move || work(&shared, index))
                     .ok()
             })
             .collect();
@@ -112,17 +150,21 @@ impl ThreadPool {
         // SAFETY: only the lifetime is forgotten. This function does not return before the job is closed and every
         // worker has left it, also when a task panics.
         let body = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const Body>(body) };
-        let job = Job { body, tasks, threads: self.threads() };
+        let job = Job { body, tasks_of_unit: tasks.div_ceil(u32::MAX as usize), tasks };
         // SAFETY: the last job is closed and no worker is inside, so none reads it.
         unsafe { *shared.job.get() = job };
-        shared.next_task.0.store(0, Ordering::Relaxed);
+        let (units, threads) = (tasks.div_ceil(job.tasks_of_unit), shared.shares.len());
+        for (index, share) in shared.shares.iter().enumerate() {
+            let bound = |index: usize| (units * index / threads) as u64;
+            share.set(bound(index)..bound(index + 1));
+        }
         let number = (shared.state.0.load(Ordering::Relaxed) & !(JOB - 1)).wrapping_add(JOB);
         shared.state.0.store(number | OPEN, Ordering::SeqCst);
         if shared.sleepers.0.load(Ordering::SeqCst) > 0 {
             let _guard = shared.wake_lock.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job)));
+        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job, 0)));
         shared.state.0.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
         while shared.state.0.load(Ordering::Acquire) != number {
@@ -150,25 +192,25 @@ impl Drop for ThreadPool {
     }
 }
 
-/// Runs tasks of `job` as long as there are any.
-fn take_tasks(shared: &Shared, job: Job) {
-    let next_task = &shared.next_task.0;
+/// Runs tasks of `job` as long as there are any, those of share `own` first.
+fn take_tasks(shared: &Shared, job: Job, own: usize) {
+    let shares = &shared.shares;
     // SAFETY: the caller of `run` is inside it, and a worker that went inside the job keeps it there.
     let body = unsafe { &*job.body };
-    loop {
-        let first = next_task.load(Ordering::Relaxed);
-        let left = job.tasks.saturating_sub(first);
-        if left == 0 {
-            return;
-        }
-        let end = first + (left / (2 * job.threads)).max(1);
-        if next_task.compare_exchange_weak(first, end, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            (first..end).for_each(body);
-        }
+    let run = |units: Range<u64>| {
+        let [first, end] = [units.start, units.end].map(|unit| unit as usize * job.tasks_of_unit);
+        (first..end.min(job.tasks)).for_each(body);
+    };
+    while let Some(units) = shares[own].take(true) {
+        run(units);
+    }
+    let others = || (1..shares.len()).map(|offset| &shares[(own + offset) % shares.len()]);
+    while let Some(units) = others().find_map(|share| share.take(false)) {
+        run(units);
     }
 }
 
-fn work(shared: &Shared) {
+fn work(shared: &Shared, own: usize) {
     let mut seen = 0;
     loop {
         let state = next_job(shared, seen);
@@ -188,7 +230,7 @@ fn work(shared: &Shared) {
         seen = number;
         // SAFETY: the job is not written before this worker has left it.
         let job = unsafe { *shared.job.get() };
-        if catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job, own))).is_err() {
             shared.panicked.store(true, Ordering::Relaxed);
         }
         shared.state.0.fetch_sub(1, Ordering::Release);

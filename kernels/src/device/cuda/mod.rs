@@ -96,6 +96,7 @@ impl Cuda {
 impl Device for Cuda {
     type Buffer = CudaBuffer;
     type Indices = CudaIndices;
+    type Cache = CudaBuffer;
     type PackedMatrix = CudaPackedMatrix;
     type DenseMatrix = CudaDenseMatrix;
 
@@ -109,13 +110,25 @@ impl Device for Cuda {
         Ok(CudaIndices { memory, elements })
     }
 
+    fn cache(&self, elements: usize) -> Result<CudaBuffer, KernelError> {
+        self.buffer(elements)
+    }
+
     fn activation_bytes(&self) -> usize {
+        self.element.bytes()
+    }
+
+    fn cache_element_bytes(&self) -> usize {
         self.element.bytes()
     }
 
     fn write(&self, values: &[f32], to: &mut CudaBuffer) -> Result<(), KernelError> {
         fits("write", values.len(), to.length())?;
         self.element.write(&*self.driver, values, to.address())
+    }
+
+    fn write_cache(&self, values: &[f32], to: &mut CudaBuffer) -> Result<(), KernelError> {
+        self.write(values, to)
     }
 
     fn write_indices(&self, values: &[u32], to: &mut CudaIndices) -> Result<(), KernelError> {

@@ -81,8 +81,8 @@ struct World<D: PagedAttention> {
     queries: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
-    key_cache: D::Buffer,
-    value_cache: D::Buffer,
+    key_cache: D::Cache,
+    value_cache: D::Cache,
 }
 
 impl<D: PagedAttention + RotaryEmbedding> World<D> {
@@ -111,7 +111,7 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
         let (value, values) = checker.input(&random(all_keys * kv_heads * head_dim, 3))?;
         // What lies in blocks and slots of others must not matter, not even when it is not a number.
         let elements = cache_elements(2 * blocks as usize + 1, kv_heads, head_dim);
-        let (mut key_cache, mut value_cache) = (checker.output(elements)?, checker.output(elements)?);
+        let (mut key_cache, mut value_cache) = (checker.unwritten_cache(elements)?, checker.unwritten_cache(elements)?);
         let mut query = checker.output(all_keys * kv_heads * head_dim)?;
         checker.device.rotary_embedding(rotary_embedding::Args {
             query: &mut query,

@@ -1,19 +1,30 @@
 //! Attention on the CPU. A task is a few consecutive queries of one sequence with all the query heads of
 //! one KV head, so that each key and value is read once for all of them. Keys are taken in groups of four blocks; within
-//! and between groups a row takes its keys in order, so its bits do not depend on the other rows.
+//! and between groups a row takes its keys in order, so its bits do not depend on the other rows. Groups make segments,
+//! each with a softmax of its own, which are merged in order: where there are few tasks, each segment becomes one.
 
 mod products;
+mod softmax;
 
-use std::mem::MaybeUninit;
+use std::ops::Range;
 
-use super::{Args, BLOCK_SIZE, MAX_HEAD_DIM, PagedAttention, SEQUENCE_WORDS, key_offset, value_offset};
-use crate::device::cpu::simd::{InstructionSet, Simd, dispatch};
+use super::{Args, BLOCK_SIZE, MAX_HEAD_DIM, PagedAttention, SEQUENCE_WORDS};
+use crate::device::cpu::aligned::AlignedVec;
+use crate::device::cpu::cache::{CacheElement, CacheValues, CpuCache};
+use crate::device::cpu::simd::{Simd, dispatch};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuIndices, DisjointSlices};
 use crate::error::KernelError;
-use products::{GROUP_BLOCKS, GROUP_KEYS, add_values, score};
+use products::{Blocks, GROUP_KEYS, Widened, add_values, score};
+use softmax::{STATE_TAIL, Scratch, State, Visible};
 
 /// Query rows (queries times heads) of a task, at most.
 const TASK_ROWS: usize = 48;
+/// Keys from multiples of this many on share a softmax: part of the reduction order.
+const SEGMENT_KEYS: usize = 4 * GROUP_KEYS;
+/// Fewer tasks for each thread than this are split into their segments.
+const TASKS_PER_THREAD: usize = 4;
+/// From this many rows on, keys and values are widened once for all of them.
+const WIDENED_ROWS: usize = 8;
 
 /// Calls `$call` for tiles that cover rows `0..$rows`: `$row` is a tile's first row, the constant `$M` its height, at
 /// most 6, so that it stays in registers with four vectors of columns of AVX-512 or two of AVX2.
@@ -41,250 +52,320 @@ macro_rules! for_rows {
     }};
 }
 
-type Arguments<'a> = Args<'a, CpuBuffer, CpuIndices>;
+type Arguments<'a> = Args<'a, CpuBuffer, CpuIndices, CpuCache>;
 
-/// One sequence as [`Args::sequences`] describes it.
-#[derive(Clone, Copy)]
-struct Sequence {
-    first_row: usize,
-    rows: usize,
-    first_position: usize,
-    table_start: usize,
+/// The tasks of a step and what they leave for each other: memory that serves one step after the other.
+pub(crate) struct AttentionScratch {
+    tasks: Vec<Task>,
+    /// Tasks that have one segment each of the same queries and KV head, one after the other.
+    splits: Vec<Range<usize>>,
+    /// The states of those tasks.
+    states: AlignedVec<f32>,
 }
 
-/// Where a task works.
-struct Task<'a> {
-    query: &'a [f32],
-    key_cache: &'a [f32],
-    value_cache: &'a [f32],
-    block_table: &'a [u32],
-    output: &'a DisjointSlices<'a>,
+impl AttentionScratch {
+    pub(crate) fn new() -> Self {
+        Self { tasks: Vec::new(), splits: Vec::new(), states: AlignedVec::zeroed(0) }
+    }
+
+    /// Lists the tasks of `sequences`: few of them are split into their segments.
+    fn plan(&mut self, sequences: &[u32], heads: &Heads, threads: usize) {
+        self.tasks.clear();
+        self.splits.clear();
+        for words in sequences.chunks_exact(SEQUENCE_WORDS) {
+            self.list(words, heads);
+        }
+        let whole = self.tasks.len();
+        if whole >= TASKS_PER_THREAD * threads {
+            return;
+        }
+        for index in 0..whole {
+            let task = self.tasks[index].clone();
+            if task.queries > 1 || task.segments.len() < 2 {
+                self.tasks.push(task);
+                continue;
+            }
+            let first = self.tasks.len() - whole;
+            self.splits.push(first..first + task.segments.len());
+            let segments = task.segments.clone();
+            self.tasks.extend(segments.map(|segment| Task {
+                segments: segment..segment + 1,
+                split: true,
+                ..task.clone()
+            }));
+        }
+        self.tasks.drain(..whole);
+        let states = self.tasks.len() * heads.shared() * heads.state_values();
+        if !self.splits.is_empty() && self.states.len() < states {
+            self.states = AlignedVec::zeroed(states);
+        }
+    }
+
+    fn list(&mut self, sequence: &[u32], heads: &Heads) {
+        let [first_row, rows, first_position, table_start] =
+            [0, 1, 2, 3].map(|word| sequence[word] as usize);
+        let queries_per_task = TASK_ROWS / heads.shared();
+        for first in (0..rows).step_by(queries_per_task) {
+            let queries = queries_per_task.min(rows - first);
+            let (first_row, first_position) = (first_row + first, first_position + first);
+            let first_key = (first_position + 1).saturating_sub(heads.window);
+            let segments = first_key / SEGMENT_KEYS..(first_position + queries - 1) / SEGMENT_KEYS + 1;
+            self.tasks.extend((0..heads.kv_heads).map(|kv_head| Task {
+                first_row,
+                first_position,
+                queries,
+                table_start,
+                kv_head,
+                segments: segments.clone(),
+                split: false,
+            }));
+        }
+    }
+}
+
+/// Some queries of a sequence and one KV head, and segments of the keys that they attend to.
+#[derive(Clone)]
+struct Task {
     /// First row of the batch, and its position.
     first_row: usize,
     first_position: usize,
     queries: usize,
+    table_start: usize,
     kv_head: usize,
+    segments: Range<usize>,
+    /// Whether other tasks have the other segments.
+    split: bool,
+}
+
+impl Task {
+    /// The visible keys of a segment.
+    fn keys(&self, segment: usize, window: usize) -> Range<usize> {
+        let first = (self.first_position + 1).saturating_sub(window);
+        let end = self.first_position + self.queries;
+        first.max(segment * SEGMENT_KEYS)..end.min((segment + 1) * SEGMENT_KEYS)
+    }
+}
+
+/// Sizes of the heads.
+struct Heads {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
     window: usize,
 }
 
+impl Heads {
+    /// Query heads of a KV head.
+    fn shared(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Values of the state of a row.
+    fn state_values(&self) -> usize {
+        self.head_dim + STATE_TAIL
+    }
+}
+
+/// What the tasks of a step have in common.
+struct Run<'a, E> {
+    heads: &'a Heads,
+    query: &'a [f32],
+    key_cache: &'a [E],
+    value_cache: &'a [E],
+    block_tables: &'a [u32],
+    output: DisjointSlices<'a>,
+    states: DisjointSlices<'a>,
+}
+
+impl<E> Run<'_, E> {
+    /// Where a row of a task, query after query with all its heads, begins in queries and output.
+    fn at(&self, task: &Task, row: usize) -> usize {
+        let Heads { heads, head_dim, .. } = *self.heads;
+        let shared = self.heads.shared();
+        ((task.first_row + row / shared) * heads + task.kv_head * shared + row % shared) * head_dim
+    }
+}
+
 impl PagedAttention for Cpu {
     fn paged_attention(&self, args: Arguments<'_>) -> Result<(), KernelError> {
         args.check()?;
-        let Args { heads, kv_heads, head_dim, window, sequence_count, rows, .. } = args;
-        let queries_per_task = TASK_ROWS / (heads / kv_heads);
-        let words = &args.sequences[..sequence_count * SEQUENCE_WORDS];
-        let sequences = || {
-            words.chunks_exact(SEQUENCE_WORDS).map(|words| Sequence {
-                first_row: words[0] as usize,
-                rows: words[1] as usize,
-                first_position: words[2] as usize,
-                table_start: words[3] as usize,
-            })
-        };
-        let tasks_of = |sequence: Sequence| sequence.rows.div_ceil(queries_per_task) * kv_heads;
-        let (query, key_cache, value_cache) = (&**args.query, &**args.key_cache, &**args.value_cache);
-        let block_tables = &**args.block_tables;
-        let output = DisjointSlices::new(&mut args.output[..rows * heads * head_dim]);
-        let set = self.instruction_set();
-        self.pool().run(sequences().map(tasks_of).sum(), &|mut index| {
-            for sequence in sequences() {
-                if index >= tasks_of(sequence) {
-                    index -= tasks_of(sequence);
-                    continue;
-                }
-                let first = index / kv_heads * queries_per_task;
-                let task = Task {
-                    query,
-                    key_cache,
-                    value_cache,
-                    block_table: &block_tables[sequence.table_start..],
-                    output: &output,
-                    first_row: sequence.first_row + first,
-                    first_position: sequence.first_position + first,
-                    queries: queries_per_task.min(sequence.rows - first),
-                    kv_head: index % kv_heads,
-                    heads,
-                    kv_heads,
-                    head_dim,
-                    window,
-                };
-                return run_task(set, &task);
+        match (&args.key_cache.0, &args.value_cache.0) {
+            (CacheValues::F32(keys), CacheValues::F32(values)) => attend_to(self, keys, values, args),
+            (CacheValues::F16(keys), CacheValues::F16(values)) => attend_to(self, keys, values, args),
+            _ => {
+                let requirement = "must be of the element type of the keys";
+                return KernelError::require(false, "paged_attention", "value_cache", "another", requirement);
             }
-        });
+        }
         Ok(())
     }
 }
 
-fn run_task(set: InstructionSet, task: &Task<'_>) {
-    // SAFETY: the set was detected; slices are taken with bounds checks inside.
-    unsafe { dispatch!(set, attend(task: &Task<'_>)) }
+fn attend_to<E: CacheElement>(cpu: &Cpu, key_cache: &[E], value_cache: &[E], args: Arguments<'_>) {
+    let Args { heads, kv_heads, head_dim, window, sequence_count, rows, .. } = args;
+    let heads = &Heads { heads, kv_heads, head_dim, window };
+    let (set, pool) = (cpu.instruction_set(), cpu.pool());
+    let mut scratch = cpu.attention_scratch();
+    scratch.plan(&args.sequences[..sequence_count * SEQUENCE_WORDS], heads, pool.threads());
+    let AttentionScratch { tasks, splits, states } = &mut *scratch;
+    let run = &Run {
+        heads,
+        query: args.query,
+        key_cache,
+        value_cache,
+        block_tables: args.block_tables,
+        output: DisjointSlices::new(&mut args.output[..rows * heads.heads * head_dim]),
+        states: DisjointSlices::new(states),
+    };
+    let state_values = heads.shared() * heads.state_values();
+    pool.run(tasks.len(), &|index| {
+        let task = &tasks[index];
+        let split = index * state_values..(index + 1) * state_values;
+        // SAFETY: each task has a state of its own, and the set was detected.
+        unsafe {
+            let state = if task.split { run.states.slice(split) } else { &mut [] };
+            dispatch!(set, <E: CacheElement> attend(run: &Run<'_, E>, task: &Task, state: &mut [f32]));
+        }
+    });
+    pool.run(splits.len(), &|split| {
+        let split = &splits[split];
+        let task = &tasks[split.start];
+        // SAFETY: each split has states of its own, which no task uses any more, and the set was detected.
+        unsafe {
+            let states = run.states.slice(split.start * state_values..split.end * state_values);
+            dispatch!(set, <E: CacheElement> join(run: &Run<'_, E>, task: &Task, states: &mut [f32]));
+        }
+    });
 }
 
-/// The running softmax of the query rows of a task.
-struct State<'a> {
-    scores: &'a mut [f32],
-    sums: &'a mut [f32],
-    largest: [f32; TASK_ROWS],
-    totals: [f32; TASK_ROWS],
-}
-
-/// Memory for up to `N` values of a task, of which only those in use are written.
-struct Scratch<const N: usize>([MaybeUninit<f32>; N]);
-
-impl<const N: usize> Scratch<N> {
-    fn new() -> Self {
-        Self([const { MaybeUninit::uninit() }; N])
-    }
-
-    /// The first `length` values, set to 0.
-    fn zeroed(&mut self, length: usize) -> &mut [f32] {
-        let values = &mut self.0[..length];
-        values.fill(MaybeUninit::new(0.0));
-        // SAFETY: all of them were just written, and `MaybeUninit<f32>` lies in memory as `f32` does.
-        unsafe { &mut *(std::ptr::from_mut(values) as *mut [f32]) }
-    }
-}
-
+/// Computes a task; one of a split leaves its state in `split`.
 #[inline(always)]
-unsafe fn attend<S: Simd>(task: &Task<'_>) {
-    let Task { head_dim, heads, kv_heads, kv_head, .. } = *task;
-    let shared = heads / kv_heads;
-    let rows = task.queries * shared;
+unsafe fn attend<S: Simd, E: CacheElement>(run: &Run<'_, E>, task: &Task, split: &mut [f32]) {
+    let Heads { head_dim, .. } = *run.heads;
+    let rows = task.queries * run.heads.shared();
     let mut query = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
-    let mut sums = Scratch::<{ TASK_ROWS * MAX_HEAD_DIM }>::new();
-    let mut scores = Scratch::<{ TASK_ROWS * GROUP_KEYS }>::new();
+    let mut merged = Scratch::<{ TASK_ROWS * (MAX_HEAD_DIM + STATE_TAIL) }>::new();
+    let mut next = Scratch::<{ TASK_ROWS * (MAX_HEAD_DIM + STATE_TAIL) }>::new();
     let query = query.zeroed(rows * head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
-    for row in 0..rows {
-        let from = ((task.first_row + row / shared) * heads + kv_head * shared + row % shared) * head_dim;
-        let to = &mut query[row * head_dim..(row + 1) * head_dim];
-        for (to, from) in to.iter_mut().zip(&task.query[from..from + head_dim]) {
+    for (row, query) in query.chunks_exact_mut(head_dim).enumerate() {
+        for (to, from) in query.iter_mut().zip(&run.query[run.at(task, row)..]) {
             *to = from * scale;
         }
     }
-    let mut state = State {
-        scores: scores.zeroed(rows * GROUP_KEYS),
-        sums: sums.zeroed(rows * head_dim),
-        largest: [f32::NEG_INFINITY; TASK_ROWS],
-        totals: [0.0; TASK_ROWS],
-    };
-    let last_position = task.first_position + task.queries - 1;
-    let first_key = (task.first_position + 1).saturating_sub(task.window);
-    for group in first_key / GROUP_KEYS..=last_position / GROUP_KEYS {
-        let first_position = group * GROUP_KEYS;
-        let keys = GROUP_KEYS.min(last_position + 1 - first_position);
-        let blocks = Blocks::new(task, group, keys);
+    let values = rows * run.heads.state_values();
+    // SAFETY: the query has the rows, and so have the states.
+    unsafe {
+        if task.split {
+            attend_segment::<S, E>(run, task, task.segments.start, query, &mut State::new(split, head_dim));
+            return;
+        }
+        let mut merged = State::new(merged.zeroed(values), head_dim);
+        let mut next = State::new(next.zeroed(if task.segments.len() > 1 { values } else { 0 }), head_dim);
+        for segment in task.segments.clone() {
+            if segment == task.segments.start {
+                attend_segment::<S, E>(run, task, segment, query, &mut merged);
+            } else {
+                attend_segment::<S, E>(run, task, segment, query, &mut next);
+                merged.merge::<S>(&next);
+            }
+        }
+        for row in 0..rows {
+            let to = run.at(task, row);
+            // Each row and head of the output belongs to one task.
+            merged.write(row, run.output.slice(to..to + head_dim));
+        }
+    }
+}
+
+/// Merges the states of a split and writes the output of its rows.
+#[inline(always)]
+unsafe fn join<S: Simd, E: CacheElement>(run: &Run<'_, E>, task: &Task, states: &mut [f32]) {
+    let (head_dim, rows) = (run.heads.head_dim, run.heads.shared());
+    let (first, rest) = states.split_at_mut(rows * run.heads.state_values());
+    let mut merged = State::new(first, head_dim);
+    // SAFETY: all states have the rows; each row and head of the output belongs to one split.
+    unsafe {
+        for next in rest.chunks_exact_mut(rows * run.heads.state_values()) {
+            merged.merge::<S>(&State::new(next, head_dim));
+        }
+        for row in 0..rows {
+            let to = run.at(task, row);
+            merged.write(row, run.output.slice(to..to + head_dim));
+        }
+    }
+}
+
+/// Attends from all rows of `query` to the keys of a segment.
+#[inline(always)]
+unsafe fn attend_segment<S: Simd, E: CacheElement>(
+    run: &Run<'_, E>,
+    task: &Task,
+    segment: usize,
+    query: &[f32],
+    state: &mut State<'_>,
+) {
+    let Heads { head_dim, kv_heads, window, .. } = *run.heads;
+    let rows = query.len() / head_dim;
+    let mut widened = Widened::new();
+    let mut scores = Scratch::<{ TASK_ROWS * GROUP_KEYS }>::new();
+    let scores = scores.zeroed(rows * GROUP_KEYS);
+    state.clear();
+    let visible = task.keys(segment, window);
+    for group in visible.start / GROUP_KEYS..visible.end.div_ceil(GROUP_KEYS) {
+        let first_key = group * GROUP_KEYS;
+        let keys = GROUP_KEYS.min(visible.end - first_key);
+        let table = &run.block_tables[task.table_start + first_key / BLOCK_SIZE..];
+        let place = |block: u32| block as usize * kv_heads + task.kv_head;
+        let blocks = Blocks::new(run.key_cache, run.value_cache, head_dim, keys, |block| place(table[block]));
+        let part = Part { query, head_dim, first_key, keys, task, window, shared: run.heads.shared() };
         // SAFETY: the blocks are whole, and `query` and `state` hold `rows` rows.
         unsafe {
-            for_rows!(rows, |row, M| score::<S, M>(
-                &query[row * head_dim..(row + M) * head_dim],
-                &blocks.keys,
-                &mut state.scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
-            ));
-            for row in 0..rows {
-                let position = task.first_position + row / shared;
-                let visible = Visible::new(position, task.window, first_position);
-                soften::<S>(&mut state, row, head_dim, visible);
+            if E::NARROW && rows >= WIDENED_ROWS {
+                attend_group::<S, f32>(&part, &widened.fill::<S, E>(&blocks, head_dim), scores, state);
+            } else {
+                attend_group::<S, E>(&part, &blocks, scores, state);
             }
-            for_rows!(rows, |row, M| add_values::<S, M>(
-                &state.scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
-                &blocks.values,
-                keys,
-                &mut state.sums[row * head_dim..(row + M) * head_dim],
-            ));
-        }
-    }
-    for row in 0..rows {
-        let to = ((task.first_row + row / shared) * heads + kv_head * shared + row % shared) * head_dim;
-        // SAFETY: each row and head of the output belongs to one task.
-        let output = unsafe { task.output.slice(to..to + head_dim) };
-        for (output, sum) in output.iter_mut().zip(&state.sums[row * head_dim..]) {
-            *output = sum / state.totals[row];
         }
     }
 }
 
-/// The keys and values of a group of blocks.
-struct Blocks {
-    keys: [*const f32; GROUP_BLOCKS],
-    values: [*const f32; GROUP_BLOCKS],
+/// A group of keys.
+struct Part<'a> {
+    query: &'a [f32],
+    head_dim: usize,
+    first_key: usize,
+    keys: usize,
+    task: &'a Task,
+    window: usize,
+    shared: usize,
 }
 
-impl Blocks {
-    /// The blocks of the first `keys` keys of `group`; places behind them repeat the last one.
-    fn new(task: &Task<'_>, group: usize, keys: usize) -> Self {
-        let Task { kv_head, kv_heads, head_dim, .. } = *task;
-        let last = (keys - 1) / BLOCK_SIZE;
-        let block = |index: usize| task.block_table[group * GROUP_BLOCKS + index.min(last)] as usize;
-        let part = |cache: &[f32], from: usize| cache[from..][..head_dim * BLOCK_SIZE].as_ptr();
-        Self {
-            keys: std::array::from_fn(|index| {
-                part(task.key_cache, key_offset(block(index), kv_head, kv_heads, head_dim))
-            }),
-            values: std::array::from_fn(|index| {
-                part(task.value_cache, value_offset(block(index), kv_head, kv_heads, head_dim))
-            }),
-        }
-    }
-}
-
-/// The keys of a group that a query sees: offsets `first..end`.
-#[derive(Clone, Copy)]
-struct Visible {
-    first: usize,
-    end: usize,
-}
-
-impl Visible {
-    fn new(position: usize, window: usize, first_position: usize) -> Self {
-        let oldest = (position + 1).saturating_sub(window);
-        Self {
-            first: oldest.saturating_sub(first_position).min(GROUP_KEYS),
-            end: (position + 1).saturating_sub(first_position).min(GROUP_KEYS),
-        }
-    }
-}
-
-/// Turns the scores of a row into weights against the running maximum, and rescales what was summed before.
 #[inline(always)]
-unsafe fn soften<S: Simd>(state: &mut State<'_>, row: usize, head_dim: usize, visible: Visible) {
-    let scores = &mut state.scores[row * GROUP_KEYS..(row + 1) * GROUP_KEYS];
-    if visible.first >= visible.end {
-        scores.fill(0.0);
-        return;
-    }
-    scores[..visible.first].fill(f32::NEG_INFINITY);
-    scores[visible.end..].fill(f32::NEG_INFINITY);
-    // SAFETY: the row has whole vectors of scores, and sums of `head_dim`, a multiple of the width.
+unsafe fn attend_group<S: Simd, E: CacheElement>(
+    part: &Part<'_>,
+    blocks: &Blocks<E>,
+    scores: &mut [f32],
+    state: &mut State<'_>,
+) {
+    let &Part { query, head_dim, first_key, keys, task, window, shared } = part;
+    let rows = query.len() / head_dim;
+    // SAFETY: the caller's promise.
     unsafe {
-        let mut largest = S::splat(state.largest[row]);
-        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
-            largest = S::max(largest, S::load(scores[start..].as_ptr()));
+        for_rows!(rows, |row, M| score::<S, E, M>(
+            &query[row * head_dim..(row + M) * head_dim],
+            &blocks.keys,
+            &mut scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
+        ));
+        for (row, scores) in scores.chunks_exact_mut(GROUP_KEYS).enumerate() {
+            state.soften::<S>(row, scores, Visible::new(task.first_position + row / shared, window, first_key));
         }
-        let largest = S::largest(largest);
-        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
-            let score = S::load(scores[start..].as_ptr());
-            S::store(scores[start..].as_mut_ptr(), S::exp(S::sub(score, S::splat(largest))));
-        }
-        scores[..visible.first].fill(0.0);
-        scores[visible.end..].fill(0.0);
-        let mut total = S::splat(0.0);
-        for start in (0..GROUP_KEYS).step_by(S::WIDTH) {
-            total = S::add(total, S::load(scores[start..].as_ptr()));
-        }
-        let before = state.largest[row];
-        if largest > before {
-            let factor = S::exp(S::splat(before - largest));
-            for start in (0..head_dim).step_by(S::WIDTH) {
-                let sum = state.sums[row * head_dim + start..].as_mut_ptr();
-                S::store(sum, S::mul(S::load(sum), factor));
-            }
-            state.totals[row] *= S::largest(factor);
-            state.largest[row] = largest;
-        }
-        state.totals[row] += S::sum(total);
+        for_rows!(rows, |row, M| add_values::<S, E, M>(
+            &scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
+            &blocks.values,
+            keys,
+            state.rows(row),
+            head_dim,
+        ));
     }
 }

@@ -31,6 +31,8 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cpu::AttentionScratch;
+
 use super::holds;
 use crate::backend::{Device, Length};
 use crate::error::KernelError;
@@ -63,13 +65,13 @@ pub const fn value_offset(block: usize, head: usize, kv_heads: usize, head_dim: 
 }
 
 /// Arguments of [`PagedAttention::paged_attention`].
-pub struct Args<'a, Buffer, Indices> {
+pub struct Args<'a, Buffer, Indices, Cache> {
     /// `[rows, heads, head_dim]`, rotated.
     pub query: &'a Buffer,
     /// Keys of one layer.
-    pub key_cache: &'a Buffer,
+    pub key_cache: &'a Cache,
     /// Values of one layer.
-    pub value_cache: &'a Buffer,
+    pub value_cache: &'a Cache,
     /// `[sequences, 4]`: first row, rows, first position, start in `block_tables`.
     pub sequences: &'a Indices,
     /// Block numbers of every sequence, in order of position.
@@ -94,7 +96,7 @@ pub struct Args<'a, Buffer, Indices> {
     pub window: usize,
 }
 
-impl<Buffer: Length, Indices: Length> Args<'_, Buffer, Indices> {
+impl<Buffer: Length, Indices: Length, Cache> Args<'_, Buffer, Indices, Cache> {
     /// Checks sizes.
     ///
     /// # Errors
@@ -139,5 +141,8 @@ pub trait PagedAttention: Device {
     ///
     /// # Errors
     /// When [`Args::check`] fails.
-    fn paged_attention(&self, args: Args<'_, Self::Buffer, Self::Indices>) -> Result<(), KernelError>;
+    fn paged_attention(
+        &self,
+        args: Args<'_, Self::Buffer, Self::Indices, Self::Cache>,
+    ) -> Result<(), KernelError>;
 }

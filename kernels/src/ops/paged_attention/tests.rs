@@ -1,6 +1,9 @@
+use half::f16;
+
 use super::{Args, BLOCK_SIZE, PagedAttention, cache_elements, key_offset, reference, value_offset};
 use crate::backend::Device;
-use crate::device::cpu::{Cpu, CpuBuffer, InstructionSet};
+use crate::backend::Activations;
+use crate::device::cpu::{Cpu, CpuCache, InstructionSet};
 use crate::testing::{random, upload};
 
 const HEADS: usize = 6;
@@ -13,8 +16,8 @@ struct World {
     query: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
-    key_cache: CpuBuffer,
-    value_cache: CpuBuffer,
+    key_cache: CpuCache,
+    value_cache: CpuCache,
     block_table: Vec<u32>,
 }
 
@@ -24,24 +27,30 @@ impl World {
         let blocks = 2 * used + 1;
         let block_table: Vec<u32> = (0..used as u32).rev().map(|block| 2 * block + 1).collect();
         let query = random(tokens * HEADS * head_dim, 1).iter().map(|value| value * 4.0).collect();
-        let keys = random(tokens * KV_HEADS * head_dim, 2);
-        let values = random(tokens * KV_HEADS * head_dim, 3);
+        // Half precision holds them exactly.
+        let halves = |seed| -> Vec<f32> {
+            let values = random(tokens * KV_HEADS * head_dim, seed);
+            values.into_iter().map(|value| f16::from_f32(value).to_f32()).collect()
+        };
+        let (keys, values) = (halves(2), halves(3));
         // What lies in blocks and slots of others must not matter, not even when it is not a number.
         let elements = cache_elements(blocks, KV_HEADS, head_dim);
-        let mut key_cache = upload(cpu, &vec![f32::NAN; elements]);
-        let mut value_cache = upload(cpu, &vec![f32::NAN; elements]);
+        let (mut of_keys, mut of_values) = (vec![f32::NAN; elements], vec![f32::NAN; elements]);
         for token in 0..tokens {
             let (block, offset) = (block_table[token / BLOCK_SIZE] as usize, token % BLOCK_SIZE);
             for head in 0..KV_HEADS {
                 for element in 0..head_dim {
                     let from = (token * KV_HEADS + head) * head_dim + element;
                     let key = key_offset(block, head, KV_HEADS, head_dim) + element * BLOCK_SIZE + offset;
-                    key_cache[key] = keys[from];
+                    of_keys[key] = keys[from];
                     let value = value_offset(block, head, KV_HEADS, head_dim) + offset * head_dim + element;
-                    value_cache[value] = values[from];
+                    of_values[value] = values[from];
                 }
             }
         }
+        let (mut key_cache, mut value_cache) = (cpu.cache(elements).unwrap(), cpu.cache(elements).unwrap());
+        cpu.write_cache(&of_keys, &mut key_cache).unwrap();
+        cpu.write_cache(&of_values, &mut value_cache).unwrap();
         Self { head_dim, tokens, query, keys, values, key_cache, value_cache, block_table }
     }
 
@@ -77,19 +86,34 @@ impl World {
     }
 }
 
+/// Every instruction set, with caches of either type.
+fn devices() -> impl Iterator<Item = (Cpu, String)> {
+    InstructionSet::available().into_iter().flat_map(|set| {
+        [Activations::Float, Activations::Integer].map(|activations| {
+            let cpu = Cpu::with_instruction_set(2, set).with_activations(activations);
+            (cpu, format!("{set:?} {activations:?}"))
+        })
+    })
+}
+
 #[test]
 fn every_instruction_set_agrees_with_the_reference() {
-    for set in InstructionSet::available() {
-        let cpu = Cpu::with_instruction_set(2, set);
-        for (tokens, head_dim, window) in
-            [(1, 64, usize::MAX), (16, 16, usize::MAX), (75, 80, usize::MAX), (75, 64, 20), (60, 128, 1)]
-        {
+    for (cpu, device) in devices() {
+        for (tokens, head_dim, window) in [
+            (1, 64, usize::MAX),
+            (16, 16, usize::MAX),
+            (75, 80, usize::MAX),
+            (75, 64, 20),
+            (60, 128, 1),
+            (300, 32, usize::MAX),
+            (530, 16, 260),
+        ] {
             let world = World::new(&cpu, tokens, head_dim);
             let output = world.attend(&cpu, 0, tokens, 1, window);
             let head = |source: &[f32], token: usize, heads: usize, head: usize| {
                 source[(token * heads + head) * head_dim..][..head_dim].to_vec()
             };
-            for token in 0..tokens {
+            for token in (0..tokens).step_by(tokens.div_ceil(80)).chain([tokens - 1]) {
                 let first = (token + 1).saturating_sub(window);
                 for index in 0..HEADS {
                     let kv_head = index / (HEADS / KV_HEADS);
@@ -103,7 +127,7 @@ fn every_instruction_set_agrees_with_the_reference() {
                     for (found, expected) in found.iter().zip(expected) {
                         assert!(
                             (found - expected).abs() < 3e-6,
-                            "{set:?} {tokens} {head_dim} {found} {expected}"
+                            "{device} {tokens} {head_dim} {found} {expected}"
                         );
                     }
                 }
@@ -114,18 +138,24 @@ fn every_instruction_set_agrees_with_the_reference() {
 
 #[test]
 fn a_query_has_the_same_bits_in_any_chunk_and_any_batch() {
-    for set in InstructionSet::available() {
-        let cpu = Cpu::with_instruction_set(2, set);
-        let world = World::new(&cpu, 70, 64);
-        let width = HEADS * world.head_dim;
-        for window in [usize::MAX, 23] {
-            let whole = world.attend(&cpu, 0, world.tokens, 1, window);
-            for chunk in [1, 5, 16, 33] {
-                for first in (0..world.tokens).step_by(chunk) {
-                    let rows = chunk.min(world.tokens - first);
-                    let part = world.attend(&cpu, first, rows, 3, window);
-                    let expected = whole[first * width..(first + rows) * width].repeat(3);
-                    assert_eq!(part, expected, "{set:?} chunk {chunk} first {first}");
+    for (cpu, device) in devices() {
+        // Alone, a query of the longer one is split into three segments; with many copies it is not.
+        for (tokens, head_dim, window, chunks, copies) in [
+            (70, 64, usize::MAX, &[1, 5, 16, 33][..], 3),
+            (70, 64, 23, &[1, 5, 16, 33], 3),
+            (600, 16, usize::MAX, &[1, 100], 1),
+            (600, 16, usize::MAX, &[1], 5),
+            (600, 16, 300, &[1, 7], 1),
+        ] {
+            let world = World::new(&cpu, tokens, head_dim);
+            let width = HEADS * head_dim;
+            let whole = world.attend(&cpu, 0, tokens, 1, window);
+            for &chunk in chunks {
+                for first in (0..tokens).step_by(chunk.max(tokens / 70 / chunk * chunk)) {
+                    let rows = chunk.min(tokens - first);
+                    let part = world.attend(&cpu, first, rows, copies, window);
+                    let expected = whole[first * width..(first + rows) * width].repeat(copies);
+                    assert_eq!(part, expected, "{device} {tokens} chunk {chunk} first {first}");
                 }
             }
         }

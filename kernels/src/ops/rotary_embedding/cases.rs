@@ -25,7 +25,7 @@ pub(crate) fn check<D: RotaryEmbedding>(checker: &mut Checker<'_, D>) -> Result<
         let positions: Vec<u32> = (0..rows as u32).map(|row| row * 37 % POSITIONS as u32).collect();
         let slots: Vec<u32> = (0..rows as u32).rev().collect();
         let blocks = rows.div_ceil(BLOCK_SIZE);
-        let cache = || checker.device.buffer(cache_elements(blocks, kv_heads, head_dim));
+        let cache = || checker.device.cache(cache_elements(blocks, kv_heads, head_dim));
         let (mut key_cache, mut value_cache) = (cache()?, cache()?);
         checker.device.rotary_embedding(Args {
             query: &mut query,

@@ -1,57 +1,126 @@
 //! The rotation and the cache write on the CPU, key head after key head, each with its queries.
 
 use super::{Args, RotaryEmbedding};
+use crate::device::cpu::cache::{CacheElement, CacheValues, CpuCache};
+use crate::device::cpu::simd::{Simd, dispatch};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuIndices, DisjointSlices};
 use crate::error::KernelError;
 use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
 
 /// From this many rows on threads share the work: fewer are done before another thread hears of them.
 const SHARED_ROWS: usize = 16;
+/// Elements of a key that are rounded before they are scattered.
+const ROUNDED: usize = 64;
 
 impl RotaryEmbedding for Cpu {
-    fn rotary_embedding(&self, args: Args<'_, CpuBuffer, CpuIndices>) -> Result<(), KernelError> {
+    fn rotary_embedding(&self, args: Args<'_, CpuBuffer, CpuIndices, CpuCache>) -> Result<(), KernelError> {
         args.check()?;
-        let Args { heads, kv_heads, head_dim, rows, value, cosines, sines, positions, slots, .. } = args;
-        let half = head_dim / 2;
-        let (query, key) = (DisjointSlices::new(args.query), DisjointSlices::new(args.key));
-        let (key_cache, value_cache) =
-            (DisjointSlices::new(args.key_cache), DisjointSlices::new(args.value_cache));
-        // One key head and the query heads that go with it, for every row.
-        let head_of_every_row = |head: usize| {
-            for row in 0..rows {
-                let position = positions[row] as usize;
-                let cosines = &cosines[position * half..(position + 1) * half];
-                let sines = &sines[position * half..(position + 1) * half];
-                let from = row * kv_heads + head;
-                let first_query = (row * heads + head * heads / kv_heads) * head_dim;
-                let last_query = (row * heads + (head + 1) * heads / kv_heads) * head_dim;
-                let (block, offset) = (slots[row] as usize / BLOCK_SIZE, slots[row] as usize % BLOCK_SIZE);
-                let key_start = key_offset(block, head, kv_heads, head_dim) + offset;
-                let value_start = value_offset(block, head, kv_heads, head_dim) + offset * head_dim;
-                // SAFETY: queries, keys, values and places in the cache of different key heads are disjoint.
-                unsafe {
-                    rotate(query.slice(first_query..last_query), cosines, sines);
-                    let key = key.slice(from * head_dim..(from + 1) * head_dim);
-                    rotate(key, cosines, sines);
-                    for (at, &key) in key.iter().enumerate() {
-                        let at = key_start + at * BLOCK_SIZE;
-                        key_cache.slice(at..at + 1)[0] = key;
-                    }
-                    let value = &value[from * head_dim..(from + 1) * head_dim];
-                    value_cache.slice(value_start..value_start + head_dim).copy_from_slice(value);
-                }
-            }
+        let Args { query, key, value, cosines, sines, positions, slots, key_cache, value_cache, .. } = args;
+        let Args { rows, heads, kv_heads, head_dim, .. } = args;
+        let rotation = Rotation {
+            query: DisjointSlices::new(query),
+            key: DisjointSlices::new(key),
+            value,
+            cosines,
+            sines,
+            positions,
+            slots,
+            rows,
+            heads,
+            kv_heads,
+            head_dim,
         };
-        if rows < SHARED_ROWS {
-            (0..kv_heads).for_each(head_of_every_row);
-        } else {
-            self.pool().run(kv_heads, &head_of_every_row);
+        match (&mut key_cache.0, &mut value_cache.0) {
+            (CacheValues::F32(keys), CacheValues::F32(values)) => rotate_and_write(self, &rotation, keys, values),
+            (CacheValues::F16(keys), CacheValues::F16(values)) => rotate_and_write(self, &rotation, keys, values),
+            _ => {
+                let requirement = "must be of the element type of the keys";
+                return KernelError::require(false, "rotary_embedding", "value_cache", "another", requirement);
+            }
         }
         Ok(())
     }
 }
 
+/// What the tasks share, but for the caches.
+struct Rotation<'a> {
+    query: DisjointSlices<'a>,
+    key: DisjointSlices<'a>,
+    value: &'a [f32],
+    cosines: &'a [f32],
+    sines: &'a [f32],
+    positions: &'a [u32],
+    slots: &'a [u32],
+    rows: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// The caches of a layer.
+struct Caches<'a, E> {
+    keys: DisjointSlices<'a, E>,
+    values: DisjointSlices<'a, E>,
+}
+
+fn rotate_and_write<E: CacheElement>(cpu: &Cpu, rotation: &Rotation<'_>, keys: &mut [E], values: &mut [E]) {
+    let caches = &Caches { keys: DisjointSlices::new(keys), values: DisjointSlices::new(values) };
+    let set = cpu.instruction_set();
+    // SAFETY: the set was detected; each task has a head of its own.
+    let task = |head: usize| unsafe {
+        dispatch!(set, <E: CacheElement> rotate_head(
+            rotation: &Rotation<'_>,
+            caches: &Caches<'_, E>,
+            head: usize,
+        ));
+    };
+    if rotation.rows < SHARED_ROWS {
+        (0..rotation.kv_heads).for_each(task);
+    } else {
+        cpu.pool().run(rotation.kv_heads, &task);
+    }
+}
+
+/// One key head and the query heads that go with it, for every row.
+///
+/// # Safety
+/// The instruction set of `S` is available, and no other thread has this head.
+#[inline(always)]
+unsafe fn rotate_head<S: Simd, E: CacheElement>(rotation: &Rotation<'_>, caches: &Caches<'_, E>, head: usize) {
+    let &Rotation { rows, heads, kv_heads, head_dim, .. } = rotation;
+    let half = head_dim / 2;
+    for row in 0..rows {
+        let position = rotation.positions[row] as usize;
+        let cosines = &rotation.cosines[position * half..(position + 1) * half];
+        let sines = &rotation.sines[position * half..(position + 1) * half];
+        let from = (row * kv_heads + head) * head_dim;
+        let first_query = (row * heads + head * heads / kv_heads) * head_dim;
+        let last_query = (row * heads + (head + 1) * heads / kv_heads) * head_dim;
+        let slot = rotation.slots[row] as usize;
+        let (block, offset) = (slot / BLOCK_SIZE, slot % BLOCK_SIZE);
+        let key_start = key_offset(block, head, kv_heads, head_dim) + offset;
+        let value_start = value_offset(block, head, kv_heads, head_dim) + offset * head_dim;
+        // SAFETY: queries, keys, values and places in the cache of different key heads are disjoint.
+        unsafe {
+            rotate(rotation.query.slice(first_query..last_query), cosines, sines);
+            let key = rotation.key.slice(from..from + head_dim);
+            rotate(key, cosines, sines);
+            for (part, key) in key.chunks(ROUNDED).enumerate() {
+                let mut rounded = [E::round(0.0); ROUNDED];
+                round::<S, E>(key, &mut rounded);
+                for (at, &rounded) in rounded[..key.len()].iter().enumerate() {
+                    let at = key_start + (part * ROUNDED + at) * BLOCK_SIZE;
+                    caches.keys.slice(at..at + 1)[0] = rounded;
+                }
+            }
+            let value = &rotation.value[from..from + head_dim];
+            round::<S, E>(value, caches.values.slice(value_start..value_start + head_dim));
+        }
+    }
+}
+
 /// Rotates every head of a row.
+#[inline(always)]
 fn rotate(row: &mut [f32], cosines: &[f32], sines: &[f32]) {
     let half = cosines.len();
     for head in row.chunks_exact_mut(2 * half) {
@@ -59,5 +128,17 @@ fn rotate(row: &mut [f32], cosines: &[f32], sines: &[f32]) {
         for (((lower, upper), cos), sin) in lower.iter_mut().zip(upper).zip(cosines).zip(sines) {
             (*lower, *upper) = (*lower * cos - *upper * sin, *upper * cos + *lower * sin);
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn round<S: Simd, E: CacheElement>(from: &[f32], to: &mut [E]) {
+    let whole = from.len() - from.len() % S::WIDTH;
+    for at in (0..whole).step_by(S::WIDTH) {
+        // SAFETY: below the common length.
+        unsafe { E::store::<S>(to.as_mut_ptr().add(at), S::load(from.as_ptr().add(at))) };
+    }
+    for (to, &from) in to[whole..].iter_mut().zip(&from[whole..]) {
+        *to = E::round(from);
     }
 }

@@ -26,7 +26,7 @@ use crate::backend::{Device, Length};
 use crate::error::KernelError;
 
 /// Arguments of [`RotaryEmbedding::rotary_embedding`].
-pub struct Args<'a, Buffer, Indices> {
+pub struct Args<'a, Buffer, Indices, Cache> {
     /// `[rows, heads, head_dim]`, rotated in place.
     pub query: &'a mut Buffer,
     /// `[rows, kv_heads, head_dim]`, rotated in place and written to the cache.
@@ -42,9 +42,9 @@ pub struct Args<'a, Buffer, Indices> {
     /// Cache slot of each row.
     pub slots: &'a Indices,
     /// Keys of one layer.
-    pub key_cache: &'a mut Buffer,
+    pub key_cache: &'a mut Cache,
     /// Values of one layer.
-    pub value_cache: &'a mut Buffer,
+    pub value_cache: &'a mut Cache,
     /// Number of rows.
     pub rows: usize,
     /// Query heads.
@@ -55,7 +55,7 @@ pub struct Args<'a, Buffer, Indices> {
     pub head_dim: usize,
 }
 
-impl<Buffer: Length, Indices: Length> Args<'_, Buffer, Indices> {
+impl<Buffer: Length, Indices: Length, Cache> Args<'_, Buffer, Indices, Cache> {
     /// Checks that the buffers hold the rows.
     ///
     /// # Errors
@@ -84,5 +84,8 @@ pub trait RotaryEmbedding: Device {
     ///
     /// # Errors
     /// When [`Args::check`] fails.
-    fn rotary_embedding(&self, args: Args<'_, Self::Buffer, Self::Indices>) -> Result<(), KernelError>;
+    fn rotary_embedding(
+        &self,
+        args: Args<'_, Self::Buffer, Self::Indices, Self::Cache>,
+    ) -> Result<(), KernelError>;
 }

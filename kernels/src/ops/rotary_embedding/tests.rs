@@ -6,8 +6,26 @@ use crate::testing::{random, upload};
 
 #[test]
 fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
-    let cpu = Cpu::new(1);
-    let (rows, heads, kv_heads, head_dim, blocks) = (3, 4, 2, 8, 3);
+    for set in InstructionSet::available() {
+        for head_dim in [8, 48, 128] {
+            for activations in [Activations::Float, Activations::Integer] {
+                let cpu = Cpu::with_instruction_set(1, set).with_activations(activations);
+                check(&cpu, head_dim);
+            }
+        }
+    }
+}
+
+/// What lies in a cache.
+fn values(cache: &CpuCache) -> Vec<f32> {
+    match &cache.0 {
+        CacheValues::F32(values) => values.to_vec(),
+        CacheValues::F16(values) => values.iter().map(|value| value.to_f32()).collect(),
+    }
+}
+
+fn check(cpu: &Cpu, head_dim: usize) {
+    let (rows, heads, kv_heads, blocks) = (3, 4, 2, 3);
     let half = head_dim / 2;
     let angle = |position: usize, index: usize| position as f32 * 0.3 / (index + 1) as f32;
     let table = |function: fn(f32) -> f32| -> Vec<f32> {
@@ -16,19 +34,19 @@ fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
     let (query, key) = (random(rows * heads * head_dim, 1), random(rows * kv_heads * head_dim, 2));
     let value = random(rows * kv_heads * head_dim, 3);
     let (positions, slots) = ([0u32, 5, 63], [17u32, 2, 47]);
-    let mut rotated_query = upload(&cpu, &query);
-    let mut rotated_key = upload(&cpu, &key);
-    let mut key_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
-    let mut value_cache = cpu.buffer(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
+    let mut rotated_query = upload(cpu, &query);
+    let mut rotated_key = upload(cpu, &key);
+    let mut key_cache = cpu.cache(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
+    let mut value_cache = cpu.cache(blocks * kv_heads * head_dim * BLOCK_SIZE).unwrap();
     let (mut position_indices, mut slot_indices) = (cpu.indices(rows).unwrap(), cpu.indices(rows).unwrap());
     cpu.write_indices(&positions, &mut position_indices).unwrap();
     cpu.write_indices(&slots, &mut slot_indices).unwrap();
     cpu.rotary_embedding(Args {
         query: &mut rotated_query,
         key: &mut rotated_key,
-        value: &upload(&cpu, &value),
-        cosines: &upload(&cpu, &table(f32::cos)),
-        sines: &upload(&cpu, &table(f32::sin)),
+        value: &upload(cpu, &value),
+        cosines: &upload(cpu, &table(f32::cos)),
+        sines: &upload(cpu, &table(f32::sin)),
         positions: &position_indices,
         slots: &slot_indices,
         key_cache: &mut key_cache,
@@ -39,6 +57,8 @@ fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
         head_dim,
     })
     .unwrap();
+    let half_precision = cpu.activations() == Activations::Integer;
+    let (key_cache, value_cache) = (values(&key_cache), values(&value_cache));
     let expected = |source: &[f32], first: usize, position: u32, element: usize| {
         let index = element % half;
         let angle = f64::from(angle(position as usize, index));
@@ -62,10 +82,12 @@ fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
                 let wanted = expected(&key, first, positions[row], element);
                 let cached =
                     key_cache[key_offset(block, head, kv_heads, head_dim) + element * BLOCK_SIZE + offset];
-                assert!((f64::from(cached) - wanted).abs() < 1e-6);
+                let roundoff = if half_precision { wanted.abs().max(6e-5) / 2047.0 } else { 0.0 };
+                assert!((f64::from(cached) - wanted).abs() < 1e-6 + roundoff);
                 let cached =
                     value_cache[value_offset(block, head, kv_heads, head_dim) + offset * head_dim + element];
-                assert_eq!(cached, value[first + element]);
+                let value = value[first + element];
+                assert_eq!(cached, if half_precision { f16::from_f32(value).to_f32() } else { value });
             }
         }
     }

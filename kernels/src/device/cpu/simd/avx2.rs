@@ -158,6 +158,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_f16(to: *mut f16, value: Self::F32) {
+        // SAFETY: see above.
+        unsafe {
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value);
+            _mm_storeu_si128(to.cast(), halves);
+        }
+    }
+
+    #[inline(always)]
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see above.
         unsafe { _mm256_add_ps(a, b) }

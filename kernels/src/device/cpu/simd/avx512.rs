@@ -201,6 +201,15 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn store_f16(to: *mut f16, value: Self::F32) {
+        // SAFETY: see above.
+        unsafe {
+            let halves = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(value);
+            _mm256_storeu_si256(to.cast(), halves);
+        }
+    }
+
+    #[inline(always)]
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see above.
         unsafe { _mm512_add_ps(a, b) }

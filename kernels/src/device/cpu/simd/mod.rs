@@ -119,6 +119,8 @@ pub(crate) trait Simd: Copy {
     /// Writes the low bytes of each eight integers as two words: those of 0, 2, 4 and 6, then those of 1, 3, 5 and 7.
     unsafe fn store_steps(to: *mut i32, value: Self::I32);
     unsafe fn store(to: *mut f32, value: Self::F32);
+    /// Rounds to nearest, ties to even.
+    unsafe fn store_f16(to: *mut f16, value: Self::F32);
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn sub(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn mul(a: Self::F32, b: Self::F32) -> Self::F32;

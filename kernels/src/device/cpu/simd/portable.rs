@@ -114,6 +114,11 @@ impl Simd for Portable {
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) }
     }
     #[inline(always)]
+    unsafe fn store_f16(to: *mut f16, value: Self::F32) {
+        // SAFETY: the caller gives LANES writable elements.
+        unsafe { to.cast::<[f16; LANES]>().write_unaligned(value.map(f16::from_f32)) }
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32 {
         each(|lane| a[lane] + b[lane])
     }
