@@ -22,8 +22,10 @@ use super::quantized_panels::IntegerPanels;
 use super::simd::{InstructionSet, Simd, dispatch};
 use super::tile::for_row_tiles;
 
-/// Rows whose totals a task keeps.
+/// Rows whose totals a task keeps, at most and at least: fewer rows for each unpacking of weights take longer, but a block
+/// for each thread lets every thread find its rows in its own cache, operation after operation.
 const ROW_BLOCK: usize = 128;
+const LEAST_ROW_BLOCK: usize = 64;
 /// How far ahead of few rows weights are asked for.
 const PREFETCHED_INPUTS: usize = 256;
 /// Up to this many rows go through a panel one chunk after the other with their totals in registers.
@@ -36,6 +38,7 @@ pub(crate) struct IntegerProduct<'a, P> {
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) output: SharedOutput,
     pub(crate) rows: usize,
+    pub(crate) threads: usize,
 }
 
 /// One thread's share: a panel of outputs for a block of rows.
@@ -51,7 +54,12 @@ pub(super) struct Task<'a, P> {
 impl<P: IntegerPanels> IntegerProduct<'_, P> {
     /// The tasks it consists of, which any threads may run.
     pub(crate) fn tasks(&self) -> usize {
-        self.weight.out_features().div_ceil(PANEL_COLUMNS) * self.rows.div_ceil(ROW_BLOCK)
+        self.weight.out_features().div_ceil(PANEL_COLUMNS) * self.rows.div_ceil(self.row_block())
+    }
+
+    /// Rows of a task.
+    fn row_block(&self) -> usize {
+        self.rows.div_ceil(self.threads).next_multiple_of(16).clamp(LEAST_ROW_BLOCK, ROW_BLOCK)
     }
 
     /// Computes task `index`.
@@ -60,10 +68,10 @@ impl<P: IntegerPanels> IntegerProduct<'_, P> {
     /// `set` was detected on this processor; input and output hold the rows, the bias the outputs; no other thread runs
     /// this task.
     pub(crate) unsafe fn run_task(&self, set: InstructionSet, index: usize) {
-        let &Self { input, weight, bias, output, rows } = self;
-        let panels = weight.out_features().div_ceil(PANEL_COLUMNS);
-        let first = index / panels * ROW_BLOCK;
-        let (panel, rows) = (index % panels, first..rows.min(first + ROW_BLOCK));
+        let &Self { input, weight, bias, output, rows, .. } = self;
+        let (panels, row_block) = (weight.out_features().div_ceil(PANEL_COLUMNS), self.row_block());
+        let first = index / panels * row_block;
+        let (panel, rows) = (index % panels, first..rows.min(first + row_block));
         let task = Task { input, weight, bias, output, rows, panel };
         // SAFETY: the caller's promise.
         unsafe {

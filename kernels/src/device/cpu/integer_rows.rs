@@ -64,7 +64,8 @@ impl IntegerRows {
             self.factors = AlignedVec::zeroed(factors);
         }
         let (words_of_row, chunks) = (self.stride, self.chunks);
-        let (words, factors) = &(DisjointSlices::new(&mut self.words), DisjointSlices::new(&mut self.factors));
+        let (words, factors) =
+            &(DisjointSlices::new(&mut self.words), DisjointSlices::new(&mut self.factors));
         pool.run(rows.div_ceil(ROWS_PER_TASK), &|task| {
             let first = task * ROWS_PER_TASK;
             for row in first..rows.min(first + ROWS_PER_TASK) {

@@ -144,7 +144,8 @@ impl Part {
     /// Takes as many of `rest` as fit.
     #[inline(always)]
     fn next(rest: &mut Chunks) -> Self {
-        let mut part = Self { chunks: [Chunk { index: 0, start: 0, depth: 0, group: 0 }; BLOCK_CHUNKS], count: 0 };
+        let mut part =
+            Self { chunks: [Chunk { index: 0, start: 0, depth: 0, group: 0 }; BLOCK_CHUNKS], count: 0 };
         let mut inputs = 0;
         while part.count < BLOCK_CHUNKS {
             let Some(chunk) = rest.clone().next() else { break };
@@ -215,7 +216,12 @@ pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
 /// Unpacks the codes and factors of `part`, and asks for those of the part after it; what the last tile of a chunk has
 /// beyond it is zero.
 #[inline(always)]
-unsafe fn unpack<P: IntegerPanels>(task: &Task<'_, P>, part: &Part, cut: Cut, blocks: [*mut Block; COLUMN_TILES]) {
+unsafe fn unpack<P: IntegerPanels>(
+    task: &Task<'_, P>,
+    part: &Part,
+    cut: Cut,
+    blocks: [*mut Block; COLUMN_TILES],
+) {
     for (at, &chunk) in part.chunks().iter().enumerate() {
         task.weight.prefetch(task.panel, chunk.later(part.count));
         let steps = chunk.depth.div_ceil(STEP_DEPTH);
@@ -266,7 +272,13 @@ unsafe fn multiply_and_scale<P: IntegerPanels>(
                 (&raw const (*blocks[0]).codes).cast::<u8>().add(at * cut.bytes()),
                 (&raw const (*blocks[1]).codes).cast::<u8>().add(at * cut.bytes()),
             ];
-            multiply(cut, words, 4 * task.input.stride(), codes, [tiles.add(at), tiles.add(BLOCK_CHUNKS + at)]);
+            multiply(
+                cut,
+                words,
+                4 * task.input.stride(),
+                codes,
+                [tiles.add(at), tiles.add(BLOCK_CHUNKS + at)],
+            );
         }
         for (tile, block) in blocks.into_iter().enumerate() {
             let block_factors = (&raw const (*block).factors).cast::<f32>();

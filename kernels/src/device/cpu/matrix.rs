@@ -128,7 +128,7 @@ pub(super) fn pack<T: bytemuck::Pod + Send>(
 
 /// A dense matrix in panels, in the element type it was stored in.
 #[derive(Clone)]
-pub(crate) struct DensePanels<T> {
+pub(crate) struct DensePanels<T: bytemuck::Pod> {
     out_features: usize,
     in_features: usize,
     values: AlignedVec<T>,

@@ -111,7 +111,8 @@ impl<D: PagedAttention + RotaryEmbedding> World<D> {
         let (value, values) = checker.input(&random(all_keys * kv_heads * head_dim, 3))?;
         // What lies in blocks and slots of others must not matter, not even when it is not a number.
         let elements = cache_elements(2 * blocks as usize + 1, kv_heads, head_dim);
-        let (mut key_cache, mut value_cache) = (checker.unwritten_cache(elements)?, checker.unwritten_cache(elements)?);
+        let (mut key_cache, mut value_cache) =
+            (checker.unwritten_cache(elements)?, checker.unwritten_cache(elements)?);
         let mut query = checker.output(all_keys * kv_heads * head_dim)?;
         checker.device.rotary_embedding(rotary_embedding::Args {
             query: &mut query,

@@ -102,8 +102,7 @@ impl AttentionScratch {
     }
 
     fn list(&mut self, sequence: &[u32], heads: &Heads) {
-        let [first_row, rows, first_position, table_start] =
-            [0, 1, 2, 3].map(|word| sequence[word] as usize);
+        let [first_row, rows, first_position, table_start] = [0, 1, 2, 3].map(|word| sequence[word] as usize);
         let queries_per_task = TASK_ROWS / heads.shared();
         for first in (0..rows).step_by(queries_per_task) {
             let queries = queries_per_task.min(rows - first);
@@ -358,7 +357,11 @@ unsafe fn attend_group<S: Simd, E: CacheElement>(
             &mut scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],
         ));
         for (row, scores) in scores.chunks_exact_mut(GROUP_KEYS).enumerate() {
-            state.soften::<S>(row, scores, Visible::new(task.first_position + row / shared, window, first_key));
+            state.soften::<S>(
+                row,
+                scores,
+                Visible::new(task.first_position + row / shared, window, first_key),
+            );
         }
         for_rows!(rows, |row, M| add_values::<S, E, M>(
             &scores[row * GROUP_KEYS..(row + M) * GROUP_KEYS],

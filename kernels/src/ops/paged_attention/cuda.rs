@@ -265,7 +265,10 @@ fn launches(
 }
 
 impl PagedAttention for Cuda {
-    fn paged_attention(&self, args: Args<'_, CudaBuffer, CudaIndices, CudaBuffer>) -> Result<(), KernelError> {
+    fn paged_attention(
+        &self,
+        args: Args<'_, CudaBuffer, CudaIndices, CudaBuffer>,
+    ) -> Result<(), KernelError> {
         args.check()?;
         if args.rows == 0 {
             return Ok(());

@@ -1,8 +1,8 @@
 use half::f16;
 
 use super::{Args, BLOCK_SIZE, PagedAttention, cache_elements, key_offset, reference, value_offset};
-use crate::backend::Device;
 use crate::backend::Activations;
+use crate::backend::Device;
 use crate::device::cpu::{Cpu, CpuCache, InstructionSet};
 use crate::testing::{random, upload};
 

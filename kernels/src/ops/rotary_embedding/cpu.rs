@@ -31,11 +31,21 @@ impl RotaryEmbedding for Cpu {
             head_dim,
         };
         match (&mut key_cache.0, &mut value_cache.0) {
-            (CacheValues::F32(keys), CacheValues::F32(values)) => rotate_and_write(self, &rotation, keys, values),
-            (CacheValues::F16(keys), CacheValues::F16(values)) => rotate_and_write(self, &rotation, keys, values),
+            (CacheValues::F32(keys), CacheValues::F32(values)) => {
+                rotate_and_write(self, &rotation, keys, values);
+            }
+            (CacheValues::F16(keys), CacheValues::F16(values)) => {
+                rotate_and_write(self, &rotation, keys, values);
+            }
             _ => {
                 let requirement = "must be of the element type of the keys";
-                return KernelError::require(false, "rotary_embedding", "value_cache", "another", requirement);
+                return KernelError::require(
+                    false,
+                    "rotary_embedding",
+                    "value_cache",
+                    "another",
+                    requirement,
+                );
             }
         }
         Ok(())
@@ -86,7 +96,11 @@ fn rotate_and_write<E: CacheElement>(cpu: &Cpu, rotation: &Rotation<'_>, keys: &
 /// # Safety
 /// The instruction set of `S` is available, and no other thread has this head.
 #[inline(always)]
-unsafe fn rotate_head<S: Simd, E: CacheElement>(rotation: &Rotation<'_>, caches: &Caches<'_, E>, head: usize) {
+unsafe fn rotate_head<S: Simd, E: CacheElement>(
+    rotation: &Rotation<'_>,
+    caches: &Caches<'_, E>,
+    head: usize,
+) {
     let &Rotation { rows, heads, kv_heads, head_dim, .. } = rotation;
     let half = head_dim / 2;
     for row in 0..rows {

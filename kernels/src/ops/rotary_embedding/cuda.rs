@@ -12,13 +12,19 @@ pub const SOURCE: Source = Source { name: "rotary_embedding", variant: "", text:
 const THREADS: u32 = 128;
 
 impl RotaryEmbedding for Cuda {
-    fn rotary_embedding(&self, args: Args<'_, CudaBuffer, CudaIndices, CudaBuffer>) -> Result<(), KernelError> {
+    fn rotary_embedding(
+        &self,
+        args: Args<'_, CudaBuffer, CudaIndices, CudaBuffer>,
+    ) -> Result<(), KernelError> {
         args.check()?;
         if args.rows == 0 { Ok(()) } else { self.submit(&launch(self.element(), &args)?) }
     }
 }
 
-fn launch(element: Element, args: &Args<'_, CudaBuffer, CudaIndices, CudaBuffer>) -> Result<Launch, KernelError> {
+fn launch(
+    element: Element,
+    args: &Args<'_, CudaBuffer, CudaIndices, CudaBuffer>,
+) -> Result<Launch, KernelError> {
     const NAME: &str = "rotary_embedding";
     let (whole, head_dim) = (args.head_dim.is_multiple_of(16) && args.head_dim > 0, args.head_dim);
     KernelError::require(whole, NAME, "head_dim", head_dim, "must be a multiple of 16 on CUDA")?;

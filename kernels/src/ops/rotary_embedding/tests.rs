@@ -1,6 +1,9 @@
+use half::f16;
+
 use super::{Args, RotaryEmbedding};
-use crate::backend::Device;
-use crate::device::cpu::Cpu;
+use crate::backend::{Activations, Device};
+use crate::device::cpu::cache::CacheValues;
+use crate::device::cpu::{Cpu, CpuCache, InstructionSet};
 use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
 use crate::testing::{random, upload};
 

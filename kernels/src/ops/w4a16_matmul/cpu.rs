@@ -121,7 +121,8 @@ macro_rules! with_product {
 impl Run<'_> {
     fn rounded<'p, P: IntegerPanels>(&'p self, part: &Part<'p>, weight: &'p P) -> IntegerProduct<'p, P> {
         let &Part { bias, output, .. } = part;
-        IntegerProduct { input: self.rounded, weight, bias, output, rows: self.rows }
+        let threads = self.cpu.pool().threads();
+        IntegerProduct { input: self.rounded, weight, bias, output, rows: self.rows, threads }
     }
 
     fn float<'p, P: Panels>(&'p self, part: &Part<'p>, weight: &'p P) -> PanelProduct<'p, P> {

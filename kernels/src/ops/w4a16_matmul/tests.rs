@@ -179,7 +179,9 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
 #[test]
 fn rounded_activations_give_the_same_bits_on_every_instruction_set_that_fuses_multiply_and_add() {
     for bits in [4, 5, 8] {
-        for (in_features, group_size) in [(576, 64), (320, 32), (200, 128), (90, 90), (72, 8)] {
+        let shapes =
+            [(576, 64), (320, 32), (200, 128), (90, 90), (72, 8), (1200, 128), (1100, 256), (648, 72)];
+        for (in_features, group_size) in shapes {
             let shape = Shape { bits, ..shape(100, in_features, group_size) };
             let (matrix, input) = (matrix(&shape), random(150 * in_features, 2));
             let sets = InstructionSet::available().into_iter().filter(|&set| set != InstructionSet::Portable);

@@ -62,7 +62,8 @@ impl Widened {
         head_dim: usize,
     ) -> Blocks<f32> {
         let size = head_dim * BLOCK_SIZE;
-        let mut wide = Blocks { keys: [std::ptr::null(); GROUP_BLOCKS], values: [std::ptr::null(); GROUP_BLOCKS] };
+        let mut wide =
+            Blocks { keys: [std::ptr::null(); GROUP_BLOCKS], values: [std::ptr::null(); GROUP_BLOCKS] };
         let sides = [
             (&blocks.keys, &mut self.keys, &mut wide.keys),
             (&blocks.values, &mut self.values, &mut wide.values),
