@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use nibble_kernels::backend::Activations;
-use nibble_kernels::device::cpu::{Cpu, CpuCache};
+use nibble_kernels::device::cpu::{Cpu, CpuCache, InstructionSet};
 use nibble_kernels::device::cuda::card::Card;
 use nibble_kernels::device::cuda::compiler::Compiler;
 use nibble_kernels::device::cuda::driver::Driver;
@@ -73,6 +73,9 @@ pub(crate) struct ModelArguments {
     /// other commands int8.
     #[arg(long, value_enum)]
     activations: Option<ActivationsArgument>,
+    /// CPU: the vector instructions to use; the fastest that the processor has when not given.
+    #[arg(long, value_enum)]
+    instruction_set: Option<InstructionSetArgument>,
     /// Card: the type of activations and of the KV cache; auto takes what the checkpoint names, f16 for float32.
     #[arg(long, value_enum, default_value_t = DataType::Auto)]
     dtype: DataType,
@@ -94,6 +97,37 @@ pub(crate) struct KernelCacheArguments {
 enum ActivationsArgument {
     Int8,
     F32,
+}
+
+/// The choices of `--instruction-set`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum InstructionSetArgument {
+    Portable,
+    Avx2,
+    Avx512,
+    Avx512Vnni,
+    Amx,
+}
+
+impl InstructionSetArgument {
+    /// That set, if the processor has it.
+    fn choose(self) -> anyhow::Result<InstructionSet> {
+        let set = match self {
+            Self::Portable => InstructionSet::Portable,
+            Self::Avx2 => InstructionSet::Avx2,
+            Self::Avx512 => InstructionSet::Avx512,
+            Self::Avx512Vnni => InstructionSet::Avx512Vnni,
+            Self::Amx => InstructionSet::Amx,
+        };
+        let available = InstructionSet::available();
+        let names = || available.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        anyhow::ensure!(
+            available.contains(&set),
+            "--instruction-set is {set}, which this processor does not have: it has {}",
+            names()
+        );
+        Ok(set)
+    }
 }
 
 /// The devices of `--device`.
@@ -120,6 +154,8 @@ pub(crate) enum ChosenDevice {
         threads: usize,
         /// What quantized weights multiply.
         activations: Activations,
+        /// Vector instructions.
+        set: InstructionSet,
     },
     /// A card.
     Cuda {
@@ -168,6 +204,9 @@ impl ModelArguments {
             Some(card) => ChosenDevice::Cuda { card: Arc::new(card), element: self.element(float_type) },
             None => ChosenDevice::Cpu {
                 threads: threads(self.threads),
+                set: self
+                    .instruction_set
+                    .map_or(Ok(InstructionSet::detect()), InstructionSetArgument::choose)?,
                 activations: match self.activations {
                     None => activations,
                     Some(ActivationsArgument::Int8) => Activations::Integer,
@@ -206,7 +245,7 @@ impl ChosenDevice {
     /// What it is, for a user.
     pub(crate) fn description(&self) -> String {
         match self {
-            Self::Cpu { threads, .. } => format!("{threads} threads"),
+            Self::Cpu { threads, set, .. } => format!("{threads} threads, {set}"),
             Self::Cuda { card, element } => format!("{}, {element}", card.properties().name),
         }
     }
@@ -322,8 +361,8 @@ impl ChosenDevice {
     /// Does `work` on it.
     pub(crate) fn run<W: Work>(&self, work: W) -> anyhow::Result<W::Output> {
         match self {
-            &Self::Cpu { threads, activations } => {
-                work.run(&|| Ok(Cpu::new(threads).with_activations(activations)))
+            &Self::Cpu { threads, activations, set } => {
+                work.run(&|| Ok(Cpu::with_instruction_set(threads, set).with_activations(activations)))
             }
             Self::Cuda { card, element } => {
                 work.run(&|| Ok(Cuda::new(Arc::clone(card) as Arc<dyn Driver>, *element)?))

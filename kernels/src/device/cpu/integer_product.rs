@@ -19,7 +19,7 @@ use super::integer_tiles;
 use super::matrix::{Chunk, PANEL_COLUMNS, chunks};
 use super::panel_product::{SharedOutput, write_row};
 use super::quantized_panels::IntegerPanels;
-use super::simd::{InstructionSet, Simd, dispatch};
+use super::simd::{DOTS_OF_PAIRS, InstructionSet, Simd, dispatch};
 use super::tile::for_row_tiles;
 
 /// Rows whose totals a task keeps, at most and at least: fewer rows for each unpacking of weights take longer, but a block
@@ -107,6 +107,7 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
         totals.fill(MaybeUninit::new(0.0));
     }
     for chunk in chunks(task.weight) {
+        task.weight.prefetch(task.panel, chunk.later(PREFETCHED_INPUTS / chunk.depth));
         for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(&task, chunk, row, &mut totals));
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
@@ -195,6 +196,10 @@ unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
 ) -> [[S::I32; 2]; M] {
     let words = task.input.words(first, chunk.start);
     let stride = task.input.stride();
+    if S::PAIRS && P::FOUR_BITS {
+        // SAFETY: the caller's promise.
+        return unsafe { sums_of_pairs::<S, P, M>(task, chunk, words, column) };
+    }
     // SAFETY: the caller's promise; each row has words for every step.
     unsafe {
         let mut sums = [[[S::zero(); 2]; 2]; M];
@@ -221,6 +226,48 @@ unsafe fn sums<S: Simd, P: IntegerPanels, const M: usize>(
             }
         }
         both
+    }
+}
+
+/// The same for codes of four bits, by sums of pairs; `words` are those of the first row.
+///
+/// # Safety
+/// As for [`sums`].
+#[inline(always)]
+unsafe fn sums_of_pairs<S: Simd, P: IntegerPanels, const M: usize>(
+    task: &Task<'_, P>,
+    chunk: Chunk,
+    words: *const i32,
+    column: usize,
+) -> [[S::I32; 2]; M] {
+    /// A step has two dot products.
+    const STEPS: usize = DOTS_OF_PAIRS / 2;
+    let (stride, steps) = (task.input.stride(), chunk.depth.div_ceil(STEP_DEPTH));
+    // SAFETY: the caller's promise; each row has words for every step.
+    unsafe {
+        let mut sums = [[S::zero(); 2]; M];
+        for first_step in (0..steps).step_by(STEPS) {
+            let mut pairs = [[S::zero(); 2]; M];
+            for step in first_step..steps.min(first_step + STEPS) {
+                let codes = [
+                    task.weight.codes::<S>(task.panel, chunk, step, column),
+                    task.weight.codes::<S>(task.panel, chunk, step, column + S::WIDTH),
+                ];
+                for (member, pairs) in pairs.iter_mut().enumerate() {
+                    let words = words.add(member * stride + 2 * step);
+                    for (pairs, codes) in pairs.iter_mut().zip(codes) {
+                        *pairs = S::dot_pairs(*pairs, codes[0], *words);
+                        *pairs = S::dot_pairs(*pairs, codes[1], *words.add(1));
+                    }
+                }
+            }
+            for (sums, pairs) in sums.iter_mut().zip(pairs) {
+                for (sum, pairs) in sums.iter_mut().zip(pairs) {
+                    *sum = S::add_pairs(*sum, pairs);
+                }
+            }
+        }
+        sums
     }
 }
 

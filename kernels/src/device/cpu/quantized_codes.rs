@@ -48,6 +48,9 @@ pub(crate) trait IntegerCodes: Codes {
     /// # Safety
     /// As for [`super::matrix::Panels::chunk`] with one vector; the chunk has that step.
     unsafe fn step<S: Simd>(&self, place: Place, step: usize) -> [S::U32; 2];
+    /// Whether no code is above 15.
+    const FOUR_BITS: bool = false;
+
     /// Asks for the codes of `steps` steps from `place` on, which may lie behind the panel.
     fn prefetch(&self, place: Place, steps: usize);
     /// `sum` and the products of such codes and of activations.
@@ -135,6 +138,8 @@ impl Codes for Nibbles {
 }
 
 impl IntegerCodes for Nibbles {
+    const FOUR_BITS: bool = true;
+
     #[inline(always)]
     fn prefetch(&self, place: Place, steps: usize) {
         let at = place.at(place.inputs.div_ceil(STEP), place.start / STEP);

@@ -244,6 +244,9 @@ impl<C: Codes> Panels for PackedPanels<C> {
 
 /// Panels whose codes can be multiplied as integers.
 pub(crate) trait IntegerPanels: Panels {
+    /// Whether no code is above 15.
+    const FOUR_BITS: bool;
+
     /// The codes of inputs 0, 2, 4 and 6 of step `step` of `chunk`, and those of 1, 3, 5 and 7, a byte each.
     ///
     /// # Safety
@@ -265,6 +268,8 @@ pub(crate) trait IntegerPanels: Panels {
 }
 
 impl<C: IntegerCodes> IntegerPanels for PackedPanels<C> {
+    const FOUR_BITS: bool = C::FOUR_BITS;
+
     #[inline(always)]
     fn prefetch(&self, panel: usize, chunk: Chunk) {
         self.codes.prefetch(self.place(panel, chunk, 0), chunk.depth.div_ceil(STEP));

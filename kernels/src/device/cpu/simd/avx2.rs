@@ -90,6 +90,20 @@ impl Simd for Avx2 {
         }
     }
 
+    const PAIRS: bool = true;
+
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(activations))) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sum: Self::I32, pairs: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
+    }
+
     #[inline(always)]
     unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32 {
         // SAFETY: see above.

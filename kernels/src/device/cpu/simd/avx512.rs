@@ -122,6 +122,20 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
 
+    const PAIRS: bool = !VNNI;
+
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(activations))) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sum: Self::I32, pairs: Self::I32) -> Self::I32 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))) }
+    }
+
     #[inline(always)]
     unsafe fn dot_bytes(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
         // SAFETY: see above.

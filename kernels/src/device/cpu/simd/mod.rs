@@ -32,6 +32,18 @@ pub enum InstructionSet {
     Amx,
 }
 
+impl std::fmt::Display for InstructionSet {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512-vnni",
+            Self::Amx => "amx",
+        })
+    }
+}
+
 impl InstructionSet {
     /// Every instruction set this processor has, fastest last.
     pub fn available() -> Vec<Self> {
@@ -66,6 +78,9 @@ impl InstructionSet {
         Self::available().pop().unwrap_or(Self::Portable)
     }
 }
+
+/// Dot products of codes of four bits whose sums of pairs fit 16 bits: 8 * 2 * 15 * 127 < 2^15.
+pub(crate) const DOTS_OF_PAIRS: usize = 8;
 
 /// Vector arithmetic. All functions are safe to call only where the instruction set is available;
 /// pointers must be valid for [`Simd::WIDTH`] elements and need no alignment.
@@ -104,6 +119,21 @@ pub(crate) trait Simd: Copy {
             let high = Self::dot(Self::zero(), high, activations);
             Self::dot(Self::add_16_times(sum, high), low, activations)
         }
+    }
+    /// Whether products of bytes are summed in pairs of 16 bits first: then [`Simd::dot_pairs`] is faster than
+    /// [`Simd::dot`] where codes have four bits.
+    const PAIRS: bool = false;
+    /// `sum` and such pairs: at most [`DOTS_OF_PAIRS`] of codes of four bits fit.
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: Self::I32, codes: Self::U32, activations: i32) -> Self::I32 {
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe { Self::dot(sum, codes, activations) }
+    }
+    /// `sum` and the sums of [`Simd::dot_pairs`].
+    #[inline(always)]
+    unsafe fn add_pairs(sum: Self::I32, pairs: Self::I32) -> Self::I32 {
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe { Self::add_i32(sum, pairs) }
     }
     /// `sum + 16 * value`.
     unsafe fn add_16_times(sum: Self::I32, value: Self::I32) -> Self::I32;
