@@ -12,7 +12,6 @@ const KV_HEADS: usize = 2;
 /// Keys and values of one sequence of `tokens` tokens, and a cache that holds them in scattered blocks.
 struct World {
     head_dim: usize,
-    tokens: usize,
     query: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -51,7 +50,7 @@ impl World {
         let (mut key_cache, mut value_cache) = (cpu.cache(elements).unwrap(), cpu.cache(elements).unwrap());
         cpu.write_cache(&of_keys, &mut key_cache).unwrap();
         cpu.write_cache(&of_values, &mut value_cache).unwrap();
-        Self { head_dim, tokens, query, keys, values, key_cache, value_cache, block_table }
+        Self { head_dim, query, keys, values, key_cache, value_cache, block_table }
     }
 
     /// Attention of tokens `first..first + rows`, as `copies` sequences at once.
