@@ -83,7 +83,7 @@ fn serve_refuses_what_cannot_work_before_it_loads_the_model() {
     for (options, problem) in [
         (["--port", port.as_str()], "cannot listen on 127.0.0.1"),
         (["--max-model-len", "129"], "expected from 2 to 128"),
-        (["--kv-cache-memory", "1KiB"], "raise --kv-cache-memory"),
+        (["--kv-cache-memory", "500"], "raise --kv-cache-memory"),
         (["--kv-cache-memory", "many"], "is not known"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
     ] {
