@@ -16,6 +16,8 @@ const MOST_LINES: usize = 500;
 const UNSAFE_FILES: &[&str] = &[
     "kernels/emulator/src/library.rs",
     "kernels/emulator/src/memory.rs",
+    "kernels/src/device/cpu/aligned.rs",
+    "kernels/src/device/cpu/cache.rs",
     "kernels/src/device/cpu/integer_product.rs",
     "kernels/src/device/cpu/integer_rows.rs",
     "kernels/src/device/cpu/integer_tiles.rs",
@@ -35,6 +37,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/ops/dense_matmul/cpu.rs",
     "kernels/src/ops/paged_attention/cpu.rs",
     "kernels/src/ops/paged_attention/cpu/products.rs",
+    "kernels/src/ops/paged_attention/cpu/softmax.rs",
     "kernels/src/ops/rms_norm/cpu.rs",
     "kernels/src/ops/rotary_embedding/cpu.rs",
     "kernels/src/ops/silu_mul/cpu.rs",
