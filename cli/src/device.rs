@@ -74,8 +74,8 @@ pub(crate) struct ModelArguments {
     #[arg(long, value_enum)]
     activations: Option<ActivationsArgument>,
     /// CPU: the vector instructions to use; the fastest that the processor has when not given.
-    #[arg(long, value_enum)]
-    instruction_set: Option<InstructionSetArgument>,
+    #[arg(long, value_name = "NAME", value_parser = instruction_set)]
+    instruction_set: Option<InstructionSet>,
     /// Card: the type of activations and of the KV cache; auto takes what the checkpoint names, f16 for float32.
     #[arg(long, value_enum, default_value_t = DataType::Auto)]
     dtype: DataType,
@@ -99,35 +99,13 @@ enum ActivationsArgument {
     F32,
 }
 
-/// The choices of `--instruction-set`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum InstructionSetArgument {
-    Portable,
-    Avx2,
-    Avx512,
-    Avx512Vnni,
-    Amx,
-}
-
-impl InstructionSetArgument {
-    /// That set, if the processor has it.
-    fn choose(self) -> anyhow::Result<InstructionSet> {
-        let set = match self {
-            Self::Portable => InstructionSet::Portable,
-            Self::Avx2 => InstructionSet::Avx2,
-            Self::Avx512 => InstructionSet::Avx512,
-            Self::Avx512Vnni => InstructionSet::Avx512Vnni,
-            Self::Amx => InstructionSet::Amx,
-        };
-        let available = InstructionSet::available();
-        let names = || available.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        anyhow::ensure!(
-            available.contains(&set),
-            "--instruction-set is {set}, which this processor does not have: it has {}",
-            names()
-        );
-        Ok(set)
-    }
+/// The vector instructions of that name, if the processor has them.
+fn instruction_set(name: &str) -> Result<InstructionSet, String> {
+    let available = InstructionSet::available();
+    available.iter().find(|set| set.to_string() == name).copied().ok_or_else(|| {
+        let names: Vec<String> = available.iter().map(ToString::to_string).collect();
+        format!("this processor has {}", names.join(", "))
+    })
 }
 
 /// The devices of `--device`.
@@ -204,9 +182,7 @@ impl ModelArguments {
             Some(card) => ChosenDevice::Cuda { card: Arc::new(card), element: self.element(float_type) },
             None => ChosenDevice::Cpu {
                 threads: threads(self.threads),
-                set: self
-                    .instruction_set
-                    .map_or(Ok(InstructionSet::detect()), InstructionSetArgument::choose)?,
+                set: self.instruction_set.unwrap_or_else(InstructionSet::detect),
                 activations: match self.activations {
                     None => activations,
                     Some(ActivationsArgument::Int8) => Activations::Integer,

@@ -16,7 +16,7 @@ use std::mem::MaybeUninit;
 use super::integer_rows::{IntegerRows, STEP_DEPTH};
 #[cfg(target_arch = "x86_64")]
 use super::integer_tiles;
-use super::matrix::{Chunk, PANEL_COLUMNS, chunks};
+use super::matrix::{CHUNK_DEPTH, Chunk, PANEL_COLUMNS, chunks};
 use super::panel_product::{SharedOutput, write_row};
 use super::quantized_panels::IntegerPanels;
 use super::simd::{DOTS_OF_PAIRS, InstructionSet, Simd, dispatch};
@@ -26,7 +26,7 @@ use super::tile::for_row_tiles;
 /// for each thread lets every thread find its rows in its own cache, operation after operation.
 const ROW_BLOCK: usize = 128;
 const LEAST_ROW_BLOCK: usize = 64;
-/// How far ahead of few rows weights are asked for.
+/// How far ahead weights are asked for.
 const PREFETCHED_INPUTS: usize = 256;
 /// Up to this many rows go through a panel one chunk after the other with their totals in registers.
 const FEW_ROWS: usize = 4;
@@ -106,8 +106,9 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     if task.weight.in_features() == 0 {
         totals.fill(MaybeUninit::new(0.0));
     }
+    let ahead = chunks_ahead(task.weight);
     for chunk in chunks(task.weight) {
-        task.weight.prefetch(task.panel, chunk.later(PREFETCHED_INPUTS / chunk.depth));
+        task.weight.prefetch(task.panel, chunk.later(ahead));
         for_row_tiles!(S, rows, |row, M| add_tile::<S, P, M>(&task, chunk, row, &mut totals));
     }
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
@@ -120,17 +121,23 @@ unsafe fn compute<S: Simd, P: IntegerPanels>(task: Task<'_, P>) {
     }
 }
 
+/// Chunks of [`PREFETCHED_INPUTS`].
+fn chunks_ahead<P: IntegerPanels>(weight: &P) -> usize {
+    PREFETCHED_INPUTS / weight.group_size().clamp(1, CHUNK_DEPTH)
+}
+
 /// All of `M` rows from `first` on.
 #[inline(always)]
 unsafe fn compute_few<S: Simd, P: IntegerPanels, const M: usize>(task: &Task<'_, P>, first: usize) {
     let mut values = [[0.0f32; PANEL_COLUMNS]; M];
+    let ahead = chunks_ahead(task.weight);
     for column in (0..PANEL_COLUMNS).step_by(2 * S::WIDTH) {
         // SAFETY: M rows of the task from `first` on, two vectors of columns within the panel.
         unsafe {
             let mut totals = [[S::splat(0.0); 2]; M];
             for chunk in chunks(task.weight) {
                 if column == 0 {
-                    task.weight.prefetch(task.panel, chunk.later(PREFETCHED_INPUTS / chunk.depth));
+                    task.weight.prefetch(task.panel, chunk.later(ahead));
                 }
                 let sums = sums::<S, P, M>(task, chunk, first, column);
                 let factors = factors::<S, P>(task, chunk, column);

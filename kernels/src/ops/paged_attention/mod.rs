@@ -15,8 +15,8 @@
 //! `sequences [sequences, 4]` holds first row, rows, first position and the start of the sequence's entries
 //! in `block_tables`, for sequences whose rows lie one after the other.
 //!
-//! Reduction order: online softmax (running maximum and sum) over blocks in order of position; within a
-//! block in order of position. It depends on the key's position alone, so a row has the same bits in a
+//! Reduction order: online softmax (running maximum and sum) over blocks in order of position, on the CPU over segments
+//! of blocks that are merged in order; within a block in order of position. It depends on the key's position alone, so a row has the same bits in a
 //! whole prompt, in chunks, in a decode step, alone and in a batch.
 //!
 //! Refuses a head size that is not a multiple of 16 or above 256, heads that the KV heads do not divide,
