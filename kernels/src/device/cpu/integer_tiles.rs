@@ -33,12 +33,12 @@ const ROW_BYTES: usize = 4 * TILE;
 const COLUMN_TILES: usize = PANEL_COLUMNS / TILE;
 /// Inputs and chunks of a block, at most: its unpacked weights, a tile's activations and their sums stay in the first-level
 /// cache.
-const BLOCK_INPUTS: usize = 512;
-const BLOCK_CHUNKS: usize = 8;
+const BLOCK_INPUTS: usize = 256;
+const BLOCK_CHUNKS: usize = 4;
 /// Bytes of the unpacked weights of a block: a chunk takes a tile of 16 rows for each 64 inputs, or a part of one.
 const BLOCK_BYTES: usize = 2 * BLOCK_INPUTS * TILE;
 /// From this many rows on tiles are faster than vectors.
-pub(super) const LEAST_ROWS: usize = 8;
+pub(super) const LEAST_ROWS: usize = 13;
 /// Rows whose totals a task keeps.
 pub(super) const ROW_BLOCK: usize = 128;
 
