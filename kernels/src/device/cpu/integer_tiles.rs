@@ -22,6 +22,7 @@ use super::matrix::{Chunk, Chunks, PANEL_COLUMNS, chunks};
 use super::panel_product::write_row;
 use super::quantized_panels::IntegerPanels;
 use super::simd::{Avx512, Simd};
+use super::tile_shapes::TileShapes;
 
 type Vector = Avx512<true>;
 
@@ -42,60 +43,15 @@ pub(super) const LEAST_ROWS: usize = 13;
 /// Rows whose totals a task keeps.
 pub(super) const ROW_BLOCK: usize = 128;
 
-/// Whether the processor has AMX's products of bytes, and the operating system lets this process use them: asks it to.
-pub(super) fn available() -> bool {
-    // Linux saves tiles only for processes that asked for them.
-    cfg!(target_os = "linux") && has_tiles() && request_permission()
-}
-
-fn has_tiles() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    const AMX_TILE: u32 = 1 << 24;
-    const AMX_INT8: u32 = 1 << 25;
-    const BOTH: u32 = AMX_TILE | AMX_INT8;
-    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BOTH == BOTH
-}
-
-fn request_permission() -> bool {
-    const ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-    const XFEATURE_XTILEDATA: u64 = 18;
-    let result: i64;
-    // SAFETY: the call takes two numbers and touches no memory of the program.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") ARCH_PRCTL => result,
-            in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA,
-            out("rcx") _,
-            out("r11") _,
-            options(nostack),
-        );
+/// Tiles 0 and 1: sums. 2 and 3: activations of `depth` words. 4 and 5: weights of `depth` rows.
+fn shapes(depth: usize) -> TileShapes {
+    let mut shapes = TileShapes::new();
+    for tile in [0, 1] {
+        shapes.set(tile, TILE, ROW_BYTES);
+        shapes.set(2 + tile, TILE, 4 * depth);
+        shapes.set(4 + tile, depth, ROW_BYTES);
     }
-    result == 0
-}
-
-/// What LDTILECFG reads.
-#[repr(C, align(64))]
-struct TileShapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    bytes_of_a_row: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl TileShapes {
-    /// Tiles 0 and 1: sums. 2 and 3: activations of `depth` words. 4 and 5: weights of `depth` rows.
-    fn new(depth: usize) -> Self {
-        let (words, rows, full) = (4 * depth as u16, depth as u8, ROW_BYTES as u16);
-        let mut shapes =
-            Self { palette: 1, start_row: 0, reserved: [0; 14], bytes_of_a_row: [0; 16], rows: [0; 16] };
-        shapes.bytes_of_a_row[..6].copy_from_slice(&[full, full, words, words, full, full]);
-        shapes.rows[..6].copy_from_slice(&[16, 16, 16, 16, rows, rows]);
-        shapes
-    }
+    shapes
 }
 
 /// Sums of 16 rows and 16 columns: `[row, column]`.
@@ -168,7 +124,7 @@ impl Part {
 /// Computes the rows of `task`, at most [`ROW_BLOCK`].
 ///
 /// # Safety
-/// [`available`] said so; the output has the rows.
+/// The processor has AMX, and may use it; the output has the rows.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
     let rows = task.rows.len();
@@ -180,9 +136,8 @@ pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
     let mut blocks = MaybeUninit::<[[Block; COLUMN_TILES]; 2]>::uninit();
     let blocks = blocks.as_mut_ptr().cast::<Block>();
     let cut = Cut::new(chunks(task.weight).next().map_or(0, |chunk| chunk.depth));
-    let shapes = TileShapes::new(cut.depth);
-    // SAFETY: the shapes are valid; the system saves tiles for this process.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
+    // SAFETY: `available`, and no tile is used behind this function.
+    let tiles = unsafe { shapes(cut.depth).load() };
     let mut rest = chunks(task.weight);
     let mut part = Part::next(&mut rest);
     // SAFETY: the chunks of a part lie within the weight and fit a block; rows of activations end at a whole tile
@@ -195,20 +150,36 @@ pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
             // The next block is unpacked first: what was just stored is slow to load.
             let next = Part::next(&mut rest);
             unpack(task, &next, cut, then);
+            if next.count == 0 {
+                prefetch_output(task);
+            }
             for row in (0..rows).step_by(TILE) {
                 multiply_and_scale(task, &part, cut, row, now, &mut totals);
             }
             (part, now, then) = (next, then, now);
         }
     }
-    // SAFETY: no tile is used behind this.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    drop(tiles);
     for (row, values) in task.rows.clone().zip(totals.chunks_exact(PANEL_COLUMNS)) {
         // SAFETY: this task alone writes its panel of its rows, which the output holds; the first chunk, or the lack of
         // one, has written the totals of every row.
         unsafe {
             let values = std::slice::from_raw_parts(values.as_ptr().cast(), PANEL_COLUMNS);
             write_row(task.weight, task.bias, task.output, task.panel, row, values);
+        }
+    }
+}
+
+/// Asks for the lines of the output that the task will write: each row lies in lines of its own, which no cache has.
+#[inline(always)]
+fn prefetch_output<P: IntegerPanels>(task: &Task<'_, P>) {
+    /// Values of a cache line.
+    const LINE: usize = 16;
+    for row in task.rows.clone() {
+        for column in (0..PANEL_COLUMNS).step_by(LINE) {
+            let at = task.output.at(task.weight.out_features(), task.panel, row).wrapping_add(column);
+            // SAFETY: it has no effect on what the program computes.
+            unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, readonly, preserves_flags)) };
         }
     }
 }

@@ -17,6 +17,8 @@ pub(crate) mod quantized_panels;
 pub(crate) mod simd;
 pub(crate) mod thread_pool;
 pub(crate) mod tile;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tile_shapes;
 
 use aligned::AlignedVec;
 pub use cache::CpuCache;
@@ -175,7 +177,7 @@ impl Device for Cpu {
     }
 
     fn cache(&self, elements: usize) -> Result<CpuCache, KernelError> {
-        Ok(CpuCache::zeroed(elements, self.activations))
+        Ok(CpuCache::zeroed(elements, self.activations, self.set))
     }
 
     fn activation_bytes(&self) -> usize {

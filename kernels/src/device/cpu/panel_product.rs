@@ -46,6 +46,12 @@ impl SharedOutput {
     pub(crate) fn new(output: &mut [f32]) -> Self {
         Self(output.as_mut_ptr())
     }
+
+    /// Where a panel of a row begins in an output of `out` columns.
+    #[inline(always)]
+    pub(super) fn at(self, out: usize, panel: usize, row: usize) -> *mut f32 {
+        self.0.wrapping_add(row * out + panel * PANEL_COLUMNS)
+    }
 }
 
 impl<P: Panels> PanelProduct<'_, P> {
@@ -227,7 +233,7 @@ pub(crate) unsafe fn write_row<P: Panels>(
     let first = panel * PANEL_COLUMNS;
     let columns = PANEL_COLUMNS.min(out - first);
     // SAFETY: the caller's promise.
-    let output = unsafe { std::slice::from_raw_parts_mut(output.0.add(row * out + first), columns) };
+    let output = unsafe { std::slice::from_raw_parts_mut(output.at(out, panel, row), columns) };
     match bias {
         None => output.copy_from_slice(&values[..columns]),
         Some(bias) => {

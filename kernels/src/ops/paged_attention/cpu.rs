@@ -5,13 +5,17 @@
 
 mod products;
 mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::ops::Range;
 
+use half::f16;
+
 use super::{Args, BLOCK_SIZE, MAX_HEAD_DIM, PagedAttention, SEQUENCE_WORDS};
 use crate::device::cpu::aligned::AlignedVec;
-use crate::device::cpu::cache::{CacheElement, CacheValues, CpuCache};
-use crate::device::cpu::simd::{Simd, dispatch};
+use crate::device::cpu::cache::{CacheElement, CacheValues, CpuCache, Paired};
+use crate::device::cpu::simd::{InstructionSet, Simd, dispatch};
 use crate::device::cpu::{Cpu, CpuBuffer, CpuIndices, DisjointSlices};
 use crate::error::KernelError;
 use products::{Blocks, GROUP_KEYS, Widened, add_values, score};
@@ -191,6 +195,7 @@ impl PagedAttention for Cpu {
         match (&args.key_cache.0, &args.value_cache.0) {
             (CacheValues::F32(keys), CacheValues::F32(values)) => attend_to(self, keys, values, args),
             (CacheValues::F16(keys), CacheValues::F16(values)) => attend_to(self, keys, values, args),
+            (CacheValues::Pairs(keys), CacheValues::Pairs(values)) => attend_to(self, keys, values, args),
             _ => {
                 let requirement = "must be of the element type of the keys";
                 return KernelError::require(false, "paged_attention", "value_cache", "another", requirement);
@@ -200,7 +205,52 @@ impl PagedAttention for Cpu {
     }
 }
 
-fn attend_to<E: CacheElement>(cpu: &Cpu, key_cache: &[E], value_cache: &[E], args: Arguments<'_>) {
+/// How a task is computed for a type of cache.
+trait Attend: CacheElement {
+    /// Computes a task; one of a split leaves its state in `split`.
+    ///
+    /// # Safety
+    /// The processor has `set`; no other thread runs this task.
+    unsafe fn attend(set: InstructionSet, run: &Run<'_, Self>, task: &Task, split: &mut [f32]);
+}
+
+impl Attend for f32 {
+    unsafe fn attend(set: InstructionSet, run: &Run<'_, Self>, task: &Task, split: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe { attend_by_vectors(set, run, task, split) }
+    }
+}
+
+impl Attend for f16 {
+    unsafe fn attend(set: InstructionSet, run: &Run<'_, Self>, task: &Task, split: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe { attend_by_vectors(set, run, task, split) }
+    }
+}
+
+unsafe fn attend_by_vectors<E: CacheElement>(
+    set: InstructionSet,
+    run: &Run<'_, E>,
+    task: &Task,
+    split: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe { dispatch!(set, <E: CacheElement> attend(run: &Run<'_, E>, task: &Task, split: &mut [f32])) }
+}
+
+impl Attend for Paired {
+    unsafe fn attend(_: InstructionSet, run: &Run<'_, Self>, task: &Task, split: &mut [f32]) {
+        // SAFETY: caches are in pairs where the instruction set is AMX; the rest is the caller's promise.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            tiles::attend(run, task, split);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("{} tasks of a cache for AMX", run.heads.heads + task.queries + split.len());
+    }
+}
+
+fn attend_to<E: Attend>(cpu: &Cpu, key_cache: &[E], value_cache: &[E], args: Arguments<'_>) {
     let Args { heads, kv_heads, head_dim, window, sequence_count, rows, .. } = args;
     let heads = &Heads { heads, kv_heads, head_dim, window };
     let (set, pool) = (cpu.instruction_set(), cpu.pool());
@@ -223,7 +273,7 @@ fn attend_to<E: CacheElement>(cpu: &Cpu, key_cache: &[E], value_cache: &[E], arg
         // SAFETY: each task has a state of its own, and the set was detected.
         unsafe {
             let state = if task.split { run.states.slice(split) } else { &mut [] };
-            dispatch!(set, <E: CacheElement> attend(run: &Run<'_, E>, task: &Task, state: &mut [f32]));
+            E::attend(set, run, task, state);
         }
     });
     pool.run(splits.len(), &|split| {

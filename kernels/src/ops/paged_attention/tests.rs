@@ -1,9 +1,10 @@
-use half::f16;
+use half::bf16;
 
-use super::{Args, BLOCK_SIZE, PagedAttention, cache_elements, key_offset, reference, value_offset};
+use super::{Args, BLOCK_SIZE, PagedAttention, cache_elements, reference};
 use crate::backend::Activations;
 use crate::backend::Device;
 use crate::device::cpu::{Cpu, CpuCache, InstructionSet};
+use crate::ops::rotary_embedding::{self, RotaryEmbedding};
 use crate::testing::{random, upload};
 
 const HEADS: usize = 6;
@@ -26,30 +27,40 @@ impl World {
         let blocks = 2 * used + 1;
         let block_table: Vec<u32> = (0..used as u32).rev().map(|block| 2 * block + 1).collect();
         let query = random(tokens * HEADS * head_dim, 1).iter().map(|value| value * 4.0).collect();
-        // Half precision holds them exactly.
-        let halves = |seed| -> Vec<f32> {
+        // Half precision and bfloat16 hold them exactly.
+        let rounded = |seed| -> Vec<f32> {
             let values = random(tokens * KV_HEADS * head_dim, seed);
-            values.into_iter().map(|value| f16::from_f32(value).to_f32()).collect()
+            values.into_iter().map(|value| bf16::from_f32(value).to_f32()).collect()
         };
-        let (keys, values) = (halves(2), halves(3));
+        let (keys, values) = (rounded(2), rounded(3));
         // What lies in blocks and slots of others must not matter, not even when it is not a number.
         let elements = cache_elements(blocks, KV_HEADS, head_dim);
-        let (mut of_keys, mut of_values) = (vec![f32::NAN; elements], vec![f32::NAN; elements]);
-        for token in 0..tokens {
-            let (block, offset) = (block_table[token / BLOCK_SIZE] as usize, token % BLOCK_SIZE);
-            for head in 0..KV_HEADS {
-                for element in 0..head_dim {
-                    let from = (token * KV_HEADS + head) * head_dim + element;
-                    let key = key_offset(block, head, KV_HEADS, head_dim) + element * BLOCK_SIZE + offset;
-                    of_keys[key] = keys[from];
-                    let value = value_offset(block, head, KV_HEADS, head_dim) + offset * head_dim + element;
-                    of_values[value] = values[from];
-                }
-            }
-        }
         let (mut key_cache, mut value_cache) = (cpu.cache(elements).unwrap(), cpu.cache(elements).unwrap());
-        cpu.write_cache(&of_keys, &mut key_cache).unwrap();
-        cpu.write_cache(&of_values, &mut value_cache).unwrap();
+        cpu.write_cache(&vec![f32::NAN; elements], &mut key_cache).unwrap();
+        cpu.write_cache(&vec![f32::NAN; elements], &mut value_cache).unwrap();
+        let slots: Vec<u32> = (0..tokens)
+            .map(|token| block_table[token / BLOCK_SIZE] * BLOCK_SIZE as u32 + (token % BLOCK_SIZE) as u32)
+            .collect();
+        let mut indices = [cpu.indices(tokens).unwrap(), cpu.indices(tokens).unwrap()];
+        cpu.write_indices(&vec![0; tokens], &mut indices[0]).unwrap();
+        cpu.write_indices(&slots, &mut indices[1]).unwrap();
+        // Turned by an angle of 0.
+        cpu.rotary_embedding(rotary_embedding::Args {
+            query: &mut cpu.buffer(tokens * KV_HEADS * head_dim).unwrap(),
+            key: &mut upload(cpu, &keys),
+            value: &upload(cpu, &values),
+            cosines: &upload(cpu, &vec![1.0; head_dim / 2]),
+            sines: &upload(cpu, &vec![0.0; head_dim / 2]),
+            positions: &indices[0],
+            slots: &indices[1],
+            key_cache: &mut key_cache,
+            value_cache: &mut value_cache,
+            rows: tokens,
+            heads: KV_HEADS,
+            kv_heads: KV_HEADS,
+            head_dim,
+        })
+        .unwrap();
         Self { head_dim, query, keys, values, key_cache, value_cache, block_table }
     }
 
@@ -98,6 +109,7 @@ fn devices() -> impl Iterator<Item = (Cpu, String)> {
 #[test]
 fn every_instruction_set_agrees_with_the_reference() {
     for (cpu, device) in devices() {
+        let tiles = cpu.instruction_set() == InstructionSet::Amx && cpu.activations() == Activations::Integer;
         for (tokens, head_dim, window) in [
             (1, 64, usize::MAX),
             (16, 16, usize::MAX),
@@ -123,9 +135,11 @@ fn every_instruction_set_agrees_with_the_reference() {
                     let expected =
                         reference::attention(&head(&world.query, token, HEADS, index), &keys, &values);
                     let found = head(&output, token, HEADS, index);
+                    // Tiles round queries and weights to bfloat16.
+                    let tolerance = if tiles { 2e-2 } else { 3e-6 };
                     for (found, expected) in found.iter().zip(expected) {
                         assert!(
-                            (found - expected).abs() < 3e-6,
+                            (found - expected).abs() < tolerance,
                             "{device} {tokens} {head_dim} {found} {expected}"
                         );
                     }

@@ -9,7 +9,7 @@ use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
 
 /// From this many rows on threads share the work: fewer are done before another thread hears of them.
 const SHARED_ROWS: usize = 16;
-/// Elements of a key that are rounded before they are scattered.
+/// Elements of a key or value that are rounded before they are scattered.
 const ROUNDED: usize = 64;
 
 impl RotaryEmbedding for Cpu {
@@ -35,6 +35,9 @@ impl RotaryEmbedding for Cpu {
                 rotate_and_write(self, &rotation, keys, values);
             }
             (CacheValues::F16(keys), CacheValues::F16(values)) => {
+                rotate_and_write(self, &rotation, keys, values);
+            }
+            (CacheValues::Pairs(keys), CacheValues::Pairs(values)) => {
                 rotate_and_write(self, &rotation, keys, values);
             }
             _ => {
@@ -112,23 +115,44 @@ unsafe fn rotate_head<S: Simd, E: CacheElement>(
         let last_query = (row * heads + (head + 1) * heads / kv_heads) * head_dim;
         let slot = rotation.slots[row] as usize;
         let (block, offset) = (slot / BLOCK_SIZE, slot % BLOCK_SIZE);
-        let key_start = key_offset(block, head, kv_heads, head_dim) + offset;
-        let value_start = value_offset(block, head, kv_heads, head_dim) + offset * head_dim;
+        let key_start = key_offset(block, head, kv_heads, head_dim);
+        let value_start = value_offset(block, head, kv_heads, head_dim);
         // SAFETY: queries, keys, values and places in the cache of different key heads are disjoint.
         unsafe {
             rotate(rotation.query.slice(first_query..last_query), cosines, sines);
             let key = rotation.key.slice(from..from + head_dim);
             rotate(key, cosines, sines);
-            for (part, key) in key.chunks(ROUNDED).enumerate() {
-                let mut rounded = [E::round(0.0); ROUNDED];
-                round::<S, E>(key, &mut rounded);
-                for (at, &rounded) in rounded[..key.len()].iter().enumerate() {
-                    let at = key_start + (part * ROUNDED + at) * BLOCK_SIZE;
-                    caches.keys.slice(at..at + 1)[0] = rounded;
-                }
-            }
+            scatter::<S, E>(key, &caches.keys, |element| key_start + E::key_at(offset, element));
             let value = &rotation.value[from..from + head_dim];
-            round::<S, E>(value, caches.values.slice(value_start..value_start + head_dim));
+            let place = |element| value_start + E::value_at(offset, element, head_dim);
+            if E::PAIRED {
+                scatter::<S, E>(value, &caches.values, place);
+            } else {
+                round::<S, E>(value, caches.values.slice(place(0)..place(0) + head_dim));
+            }
+        }
+    }
+}
+
+/// Rounds `values` to the places that `place` gives them.
+///
+/// # Safety
+/// No other thread has those places, and the instruction set of `S` is available.
+#[inline(always)]
+unsafe fn scatter<S: Simd, E: CacheElement>(
+    values: &[f32],
+    to: &DisjointSlices<'_, E>,
+    place: impl Fn(usize) -> usize,
+) {
+    for (part, values) in values.chunks(ROUNDED).enumerate() {
+        let mut rounded = [E::round(0.0); ROUNDED];
+        // SAFETY: the caller's promise.
+        unsafe {
+            round::<S, E>(values, &mut rounded);
+            for (at, &rounded) in rounded[..values.len()].iter().enumerate() {
+                let at = place(part * ROUNDED + at);
+                to.slice(at..at + 1)[0] = rounded;
+            }
         }
     }
 }

@@ -1,9 +1,6 @@
-use half::f16;
-
 use super::{Args, RotaryEmbedding};
 use crate::backend::{Activations, Device};
-use crate::device::cpu::cache::CacheValues;
-use crate::device::cpu::{Cpu, CpuCache, InstructionSet};
+use crate::device::cpu::{Cpu, InstructionSet};
 use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
 use crate::testing::{random, upload};
 
@@ -16,14 +13,6 @@ fn rotates_by_the_angle_of_the_position_and_fills_the_slot() {
                 check(&cpu, head_dim);
             }
         }
-    }
-}
-
-/// What lies in a cache.
-fn values(cache: &CpuCache) -> Vec<f32> {
-    match &cache.0 {
-        CacheValues::F32(values) => values.to_vec(),
-        CacheValues::F16(values) => values.iter().map(|value| value.to_f32()).collect(),
     }
 }
 
@@ -60,8 +49,6 @@ fn check(cpu: &Cpu, head_dim: usize) {
         head_dim,
     })
     .unwrap();
-    let half_precision = cpu.activations() == Activations::Integer;
-    let (key_cache, value_cache) = (values(&key_cache), values(&value_cache));
     let expected = |source: &[f32], first: usize, position: u32, element: usize| {
         let index = element % half;
         let angle = f64::from(angle(position as usize, index));
@@ -83,14 +70,13 @@ fn check(cpu: &Cpu, head_dim: usize) {
             let first = (row * kv_heads + head) * head_dim;
             for element in 0..head_dim {
                 let wanted = expected(&key, first, positions[row], element);
-                let cached =
-                    key_cache[key_offset(block, head, kv_heads, head_dim) + element * BLOCK_SIZE + offset];
-                let roundoff = if half_precision { wanted.abs().max(6e-5) / 2047.0 } else { 0.0 };
-                assert!((f64::from(cached) - wanted).abs() < 1e-6 + roundoff);
-                let cached =
-                    value_cache[value_offset(block, head, kv_heads, head_dim) + offset * head_dim + element];
-                let value = value[first + element];
-                assert_eq!(cached, if half_precision { f16::from_f32(value).to_f32() } else { value });
+                let start = key_offset(block, head, kv_heads, head_dim);
+                let cached = key_cache.key(start, offset, element);
+                let tolerance = 1e-6 + (key_cache.rounded(wanted as f32) - wanted as f32).abs() * 1.01;
+                assert!((f64::from(cached) - wanted).abs() < f64::from(tolerance));
+                let start = value_offset(block, head, kv_heads, head_dim);
+                let cached = value_cache.value(start, offset, element, head_dim);
+                assert_eq!(cached, value_cache.rounded(value[first + element]));
             }
         }
     }

@@ -224,6 +224,12 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn scale(value: Self::F32, exponent: Self::F32) -> Self::F32 {
+        // SAFETY: see above.
+        unsafe { _mm512_scalef_ps(value, exponent) }
+    }
+
+    #[inline(always)]
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see above.
         unsafe { _mm512_add_ps(a, b) }

@@ -28,7 +28,7 @@ pub enum InstructionSet {
     Avx512,
     /// The same with VNNI's integer dot products.
     Avx512Vnni,
-    /// The same with AMX's products of tiles of bytes.
+    /// The same with AMX's products of tiles of bytes and of bfloat16.
     Amx,
 }
 
@@ -63,7 +63,7 @@ impl InstructionSet {
                     found.push(Self::Avx512);
                     if is_x86_feature_detected!("avx512vnni") {
                         found.push(Self::Avx512Vnni);
-                        if super::integer_tiles::available() {
+                        if super::tile_shapes::available() {
                             found.push(Self::Amx);
                         }
                     }
@@ -151,6 +151,29 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(to: *mut f32, value: Self::F32);
     /// Rounds to nearest, ties to even.
     unsafe fn store_f16(to: *mut f16, value: Self::F32);
+    /// Rounds to nearest, ties to even.
+    #[inline(always)]
+    unsafe fn store_bf16(to: *mut bf16, value: Self::F32) {
+        let mut values = [0.0f32; 16];
+        // SAFETY: no vector is longer than 16, and `to` has room for one.
+        unsafe {
+            Self::store(values.as_mut_ptr(), value);
+            for (at, &value) in values[..Self::WIDTH].iter().enumerate() {
+                *to.add(at) = bf16::from_f32(value);
+            }
+        }
+    }
+    /// `value * 2^exponent` for an integer exponent in -126..=128; once rounded, where the result is that small.
+    #[inline(always)]
+    unsafe fn scale(value: Self::F32, exponent: Self::F32) -> Self::F32 {
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe {
+            // Two factors, because 2^-126 times a value below 1 must not be cut off at 2^-126.
+            let half = Self::round(Self::mul(exponent, Self::splat(0.5)));
+            let scaled = Self::mul(value, Self::power_of_two(half));
+            Self::mul(scaled, Self::power_of_two(Self::sub(exponent, half)))
+        }
+    }
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn sub(a: Self::F32, b: Self::F32) -> Self::F32;
     unsafe fn mul(a: Self::F32, b: Self::F32) -> Self::F32;
@@ -185,10 +208,7 @@ pub(crate) trait Simd: Copy {
             }
             let square = Self::mul(rest, rest);
             let value = Self::add(Self::multiply_add(polynomial, square, rest), Self::splat(1.0));
-            // Two factors, because 2^-126 times a value below 1 must not be cut off at 2^-126.
-            let half = Self::round(Self::mul(exponent, Self::splat(0.5)));
-            let scaled = Self::mul(value, Self::power_of_two(half));
-            Self::mul(scaled, Self::power_of_two(Self::sub(exponent, half)))
+            Self::scale(value, exponent)
         }
     }
 }
