@@ -82,11 +82,13 @@ impl IntegerRows {
     }
 
     /// The words of `row` from the step of input `start` on.
+    #[inline(always)]
     pub(crate) fn words(&self, row: usize, start: usize) -> *const i32 {
         self.words[row * self.stride + start / STEP_DEPTH * 2..].as_ptr()
     }
 
     /// Words from one row to the next.
+    #[inline(always)]
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }

@@ -235,6 +235,10 @@ pub(crate) unsafe fn write_row<P: Panels>(
     // SAFETY: the caller's promise.
     let output = unsafe { std::slice::from_raw_parts_mut(output.at(out, panel, row), columns) };
     match bias {
+        // A copy of a known length is a few instructions.
+        None if columns == PANEL_COLUMNS => {
+            output[..PANEL_COLUMNS].copy_from_slice(&values[..PANEL_COLUMNS]);
+        }
         None => output.copy_from_slice(&values[..columns]),
         Some(bias) => {
             for ((output, value), bias) in output.iter_mut().zip(values).zip(&bias[first..first + columns]) {

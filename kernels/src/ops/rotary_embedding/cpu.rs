@@ -1,4 +1,6 @@
-//! The rotation and the cache write on the CPU, key head after key head, each with its queries.
+//! The rotation and the cache write on the CPU: a task is a key head with its queries, of some rows.
+
+use std::ops::Range;
 
 use super::{Args, RotaryEmbedding};
 use crate::device::cpu::cache::{CacheElement, CacheValues, CpuCache};
@@ -7,8 +9,8 @@ use crate::device::cpu::{Cpu, CpuBuffer, CpuIndices, DisjointSlices};
 use crate::error::KernelError;
 use crate::ops::paged_attention::{BLOCK_SIZE, key_offset, value_offset};
 
-/// From this many rows on threads share the work: fewer are done before another thread hears of them.
-const SHARED_ROWS: usize = 16;
+/// Rows of a task. From as many on threads share the work: fewer are done before another thread hears of them.
+const TASK_ROWS: usize = 16;
 /// Elements of a key or value that are rounded before they are scattered.
 const ROUNDED: usize = 64;
 
@@ -79,34 +81,49 @@ struct Caches<'a, E> {
 fn rotate_and_write<E: CacheElement>(cpu: &Cpu, rotation: &Rotation<'_>, keys: &mut [E], values: &mut [E]) {
     let caches = &Caches { keys: DisjointSlices::new(keys), values: DisjointSlices::new(values) };
     let set = cpu.instruction_set();
-    // SAFETY: the set was detected; each task has a head of its own.
-    let task = |head: usize| unsafe {
-        dispatch!(set, <E: CacheElement> rotate_head(
-            rotation: &Rotation<'_>,
-            caches: &Caches<'_, E>,
-            head: usize,
-        ));
+    let tasks = rotation.kv_heads * rotation.rows.div_ceil(TASK_ROWS);
+    let task = |task: usize| {
+        let first = task / rotation.kv_heads * TASK_ROWS;
+        let part = Part {
+            head: task % rotation.kv_heads,
+            rows: first..rotation.rows.min(first + TASK_ROWS),
+        };
+        // SAFETY: the set was detected; each task has a head and rows of its own, and each row a slot.
+        unsafe {
+            dispatch!(set, <E: CacheElement> rotate_head(
+                rotation: &Rotation<'_>,
+                caches: &Caches<'_, E>,
+                part: Part,
+            ));
+        }
     };
-    if rotation.rows < SHARED_ROWS {
-        (0..rotation.kv_heads).for_each(task);
+    if rotation.rows < TASK_ROWS {
+        (0..tasks).for_each(task);
     } else {
-        cpu.pool().run(rotation.kv_heads, &task);
+        cpu.pool().run(tasks, &task);
     }
 }
 
-/// One key head and the query heads that go with it, for every row.
+/// A key head and some rows.
+struct Part {
+    head: usize,
+    rows: Range<usize>,
+}
+
+/// A key head and the query heads that go with it, for some rows.
 ///
 /// # Safety
-/// The instruction set of `S` is available, and no other thread has this head.
+/// The instruction set of `S` is available, and no other thread has this head of these rows.
 #[inline(always)]
 unsafe fn rotate_head<S: Simd, E: CacheElement>(
     rotation: &Rotation<'_>,
     caches: &Caches<'_, E>,
-    head: usize,
+    part: Part,
 ) {
-    let &Rotation { rows, heads, kv_heads, head_dim, .. } = rotation;
+    let &Rotation { heads, kv_heads, head_dim, .. } = rotation;
+    let Part { head, rows } = part;
     let half = head_dim / 2;
-    for row in 0..rows {
+    for row in rows {
         let position = rotation.positions[row] as usize;
         let cosines = &rotation.cosines[position * half..(position + 1) * half];
         let sines = &rotation.sines[position * half..(position + 1) * half];
@@ -117,7 +134,7 @@ unsafe fn rotate_head<S: Simd, E: CacheElement>(
         let (block, offset) = (slot / BLOCK_SIZE, slot % BLOCK_SIZE);
         let key_start = key_offset(block, head, kv_heads, head_dim);
         let value_start = value_offset(block, head, kv_heads, head_dim);
-        // SAFETY: queries, keys, values and places in the cache of different key heads are disjoint.
+        // SAFETY: queries, keys, values and places in the cache of different key heads and rows are disjoint.
         unsafe {
             rotate(rotation.query.slice(first_query..last_query), cosines, sines);
             let key = rotation.key.slice(from..from + head_dim);

@@ -39,7 +39,7 @@ pub struct Args<'a, Buffer, Indices, Cache> {
     pub sines: &'a Buffer,
     /// Position of each row.
     pub positions: &'a Indices,
-    /// Cache slot of each row.
+    /// Cache slot of each row, none twice.
     pub slots: &'a Indices,
     /// Keys of one layer.
     pub key_cache: &'a mut Cache,
