@@ -109,7 +109,7 @@ pub enum Activations {
     Float,
     /// Activations rounded to eight bits, with a scale for each row and each group of the weights, of at most 128
     /// inputs: faster. A dense output head of a quantized model is held in eight bits as well, and the KV cache of the CPU
-    /// in half precision.
+    /// in half precision, on AMX in bfloat16.
     Integer,
 }
 

@@ -158,12 +158,13 @@ unsafe fn round_row<S: Simd, P: Panels>(task: RowTask<'_, P>) {
                 S::store_steps(rounded.as_mut_ptr().add(at / 4), integers);
             }
             let at = first_factor + chunk.index * 2 * TILE_ROWS;
+            // At most 128 * 127 in all: exact.
+            let sum = S::sum(S::add(S::to_f32(sum), unsound));
             // A NaN or an infinity must not be rounded away.
-            let scale = scale + S::sum(unsound);
+            let scale = scale + 0.0 * sum;
             // Each row has places of its own.
             factors.slice(at..at + 1)[0] = scale;
-            // At most 128 * 127 in all: exact.
-            factors.slice(at + TILE_ROWS..at + TILE_ROWS + 1)[0] = scale * S::sum(S::to_f32(sum));
+            factors.slice(at + TILE_ROWS..at + TILE_ROWS + 1)[0] = scale * sum;
         }
         words.copy_from_slice(&rounded[..words.len()]);
     }

@@ -133,30 +133,28 @@ pub(super) unsafe fn compute<P: IntegerPanels>(task: &Task<'_, P>) {
     if task.weight.in_features() == 0 {
         totals.fill(MaybeUninit::new(0.0));
     }
-    let mut blocks = MaybeUninit::<[[Block; COLUMN_TILES]; 2]>::uninit();
+    let mut blocks = MaybeUninit::<[Block; COLUMN_TILES]>::uninit();
     let blocks = blocks.as_mut_ptr().cast::<Block>();
     let cut = Cut::new(chunks(task.weight).next().map_or(0, |chunk| chunk.depth));
     // SAFETY: `available`, and no tile is used behind this function.
     let tiles = unsafe { shapes(cut.depth).load() };
     let mut rest = chunks(task.weight);
-    let mut part = Part::next(&mut rest);
     // SAFETY: the chunks of a part lie within the weight and fit a block; rows of activations end at a whole tile
     // (`IntegerRows::fill`); row tiles below `rows` only.
     unsafe {
-        let mut now = [blocks, blocks.add(1)];
-        let mut then = [blocks.add(2), blocks.add(3)];
-        unpack(task, &part, cut, now);
-        while part.count > 0 {
-            // The next block is unpacked first: what was just stored is slow to load.
-            let next = Part::next(&mut rest);
-            unpack(task, &next, cut, then);
-            if next.count == 0 {
+        let blocks = [blocks, blocks.add(1)];
+        loop {
+            let part = Part::next(&mut rest);
+            if part.count == 0 {
+                break;
+            }
+            unpack(task, &part, cut, blocks);
+            if rest.clone().next().is_none() {
                 prefetch_output(task);
             }
             for row in (0..rows).step_by(TILE) {
-                multiply_and_scale(task, &part, cut, row, now, &mut totals);
+                multiply_and_scale(task, &part, cut, row, blocks, &mut totals);
             }
-            (part, now, then) = (next, then, now);
         }
     }
     drop(tiles);
