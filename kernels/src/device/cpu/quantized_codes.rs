@@ -109,15 +109,36 @@ fn codes(matrix: &QuantizedMatrix, output: usize, first: usize, length: usize) -
     &matrix.codes()[output * inputs..][first..inputs.min(first + length)]
 }
 
+/// The codes of a step of an output, a byte each from the lowest on; zeros behind the last input.
+fn codes_of_step(matrix: &QuantizedMatrix, output: usize, step: usize) -> u64 {
+    let codes = codes(matrix, output, step * STEP, STEP);
+    let mut bytes = [0; STEP];
+    match codes.first_chunk() {
+        Some(whole) => bytes = *whole,
+        None => bytes[..codes.len()].copy_from_slice(codes),
+    }
+    u64::from_le_bytes(bytes)
+}
+
+/// Bytes 0, 2, 4 and 6.
+fn even_bytes(bytes: u64) -> u32 {
+    let bytes = bytes & 0x00ff_00ff_00ff_00ff;
+    let pairs = (bytes | bytes >> 8) & 0x0000_ffff_0000_ffff;
+    (pairs | pairs >> 16) as u32
+}
+
+/// The low four bits of eight bytes.
+fn low_nibbles(bytes: u64) -> u32 {
+    let bytes = bytes & 0x0f0f_0f0f_0f0f_0f0f;
+    even_bytes(bytes | bytes >> 4)
+}
+
 impl Codes for Nibbles {
     type Chunk<S: Simd, const V: usize> = NibbleColumns<S, V>;
 
     fn pack(matrix: &QuantizedMatrix, pool: &ThreadPool) -> Self {
         let steps = matrix.in_features().div_ceil(STEP);
-        let word = |output: usize, step: usize| {
-            let codes = codes(matrix, output, step * STEP, STEP);
-            codes.iter().rev().fold(0, |word, &code| word << 4 | u32::from(code & 15))
-        };
+        let word = |output: usize, step: usize| low_nibbles(codes_of_step(matrix, output, step));
         Self { words: pack(matrix.out_features(), steps, pool, word) }
     }
 
@@ -235,8 +256,7 @@ impl<const BITS: u32> Codes for Words<BITS> {
         let words = matrix.in_features().div_ceil(STEP) * 2;
         let word = |output: usize, word: usize| {
             let (step, odd) = (word / 2, word % 2);
-            let codes = codes(matrix, output, step * STEP, STEP).iter().skip(odd).step_by(2);
-            codes.zip([0, 8, 16, 24]).fold(0, |word, (&code, shift)| word | u32::from(code) << shift)
+            even_bytes(codes_of_step(matrix, output, step) >> (8 * odd))
         };
         Self { words: pack(matrix.out_features(), words, pool, word) }
     }

@@ -8,10 +8,7 @@ use std::arch::asm;
 /// asks it to.
 pub(super) fn available() -> bool {
     // Linux saves tiles only for processes that asked for them.
-    cfg!(target_os = "linux")
-        && is_x86_feature_detected!("avx512bf16")
-        && has_tiles()
-        && request_permission()
+    cfg!(target_os = "linux") && is_x86_feature_detected!("avx512bf16") && has_tiles() && request_permission()
 }
 
 fn has_tiles() -> bool {

@@ -84,10 +84,7 @@ fn rotate_and_write<E: CacheElement>(cpu: &Cpu, rotation: &Rotation<'_>, keys: &
     let tasks = rotation.kv_heads * rotation.rows.div_ceil(TASK_ROWS);
     let task = |task: usize| {
         let first = task / rotation.kv_heads * TASK_ROWS;
-        let part = Part {
-            head: task % rotation.kv_heads,
-            rows: first..rotation.rows.min(first + TASK_ROWS),
-        };
+        let part = Part { head: task % rotation.kv_heads, rows: first..rotation.rows.min(first + TASK_ROWS) };
         // SAFETY: the set was detected; each task has a head and rows of its own, and each row a slot.
         unsafe {
             dispatch!(set, <E: CacheElement> rotate_head(
@@ -115,11 +112,7 @@ struct Part {
 /// # Safety
 /// The instruction set of `S` is available, and no other thread has this head of these rows.
 #[inline(always)]
-unsafe fn rotate_head<S: Simd, E: CacheElement>(
-    rotation: &Rotation<'_>,
-    caches: &Caches<'_, E>,
-    part: Part,
-) {
+unsafe fn rotate_head<S: Simd, E: CacheElement>(rotation: &Rotation<'_>, caches: &Caches<'_, E>, part: Part) {
     let &Rotation { heads, kv_heads, head_dim, .. } = rotation;
     let Part { head, rows } = part;
     let half = head_dim / 2;

@@ -65,19 +65,35 @@ macro_rules! with_sums {
     ($index:expr, |$name:ident| $call:expr) => {
         match $index {
             0 => {
-                macro_rules! $name { () => { "tmm0" }; }
+                macro_rules! $name {
+                    () => {
+                        "tmm0"
+                    };
+                }
                 $call
             }
             1 => {
-                macro_rules! $name { () => { "tmm1" }; }
+                macro_rules! $name {
+                    () => {
+                        "tmm1"
+                    };
+                }
                 $call
             }
             2 => {
-                macro_rules! $name { () => { "tmm2" }; }
+                macro_rules! $name {
+                    () => {
+                        "tmm2"
+                    };
+                }
                 $call
             }
             _ => {
-                macro_rules! $name { () => { "tmm3" }; }
+                macro_rules! $name {
+                    () => {
+                        "tmm3"
+                    };
+                }
                 $call
             }
         }
@@ -203,8 +219,7 @@ unsafe fn attend_segment(
                     let position = task.first_position + row / shared;
                     state.soften::<Vector>(row, scores, Visible::new(position, window, first_key));
                     for half in 0..2 {
-                        let [low, high] =
-                            [0, TILE].map(|at| scores[half * 2 * TILE + at..][..TILE].as_ptr());
+                        let [low, high] = [0, TILE].map(|at| scores[half * 2 * TILE + at..][..TILE].as_ptr());
                         let to = weights.pointer().add(row * GROUP_PAIRS + half * TILE);
                         store_pairs(to, Vector::load(low), Vector::load(high));
                     }
@@ -219,12 +234,7 @@ unsafe fn attend_segment(
 
 /// The values of the first `keys` keys of a block, and zeros in place of the others.
 #[inline(always)]
-unsafe fn without_others(
-    values: *const Paired,
-    keys: usize,
-    head_dim: usize,
-    to: *mut u32,
-) -> *const Paired {
+unsafe fn without_others(values: *const Paired, keys: usize, head_dim: usize, to: *mut u32) -> *const Paired {
     let from = values.cast::<u32>();
     for pair in 0..BLOCK_PAIRS {
         // The first of a pair is its low half.
