@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use nibble_kernels::backend::Activations;
-use nibble_kernels::device::cpu::{Cpu, CpuCache, InstructionSet};
+use nibble_kernels::device::cpu::{Cpu, CpuCache, InstructionSet, Peak};
 use nibble_kernels::device::cuda::card::Card;
 use nibble_kernels::device::cuda::compiler::Compiler;
 use nibble_kernels::device::cuda::driver::Driver;
@@ -308,6 +308,12 @@ impl ChosenDevice {
         };
         let fastest = (0..RUNS).map(&mut read).fold(f64::INFINITY, f64::min);
         Some(HOST_READ_BYTES as f64 / fastest)
+    }
+
+    /// What it multiplies at most; a card's is not measured.
+    pub(crate) fn peak(&self) -> Option<Peak> {
+        let &Self::Cpu { threads, activations, set } = self else { return None };
+        Some(Cpu::with_instruction_set(threads, set).with_activations(activations).peak())
     }
 
     /// Bytes of a key or value in a KV cache.

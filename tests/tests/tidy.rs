@@ -24,6 +24,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/device/cpu/matrix.rs",
     "kernels/src/device/cpu/mod.rs",
     "kernels/src/device/cpu/panel_product.rs",
+    "kernels/src/device/cpu/peak.rs",
     "kernels/src/device/cpu/quantized_codes.rs",
     "kernels/src/device/cpu/quantized_panels.rs",
     "kernels/src/device/cpu/simd/avx2.rs",

@@ -1,9 +1,10 @@
-//! `nibble bench kernels`: single operations, beside what the device's memory can do.
+//! `nibble bench kernels`: single operations, beside what the device's memory and, on the CPU, its arithmetic can do.
 
 use anyhow::ensure;
 use clap::Args;
 use nibble_kernels::backend::Activations;
 use nibble_kernels::backend::MatrixShape;
+use nibble_kernels::device::cpu::Peak;
 use nibble_kernels::ops::{dense_matmul, paged_attention, rms_norm, silu_mul, w4a16_matmul};
 use nibble_kernels::tensor::{
     DenseMatrix, DenseValues, FloatType, GroupOffsets, QuantizedMatrix, QuantizedParts,
@@ -76,6 +77,49 @@ struct Measured {
     bytes: f64,
     /// Multiplications and additions it must do.
     operations: f64,
+    /// How long it would take at the limit that binds, and which that is.
+    limit_microseconds: f64,
+    limit: Limit,
+}
+
+/// What an operation cannot be faster than.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Limit {
+    /// Its bytes at the bandwidth of memory.
+    Memory,
+    /// Its operations at the peak of the processor.
+    Arithmetic,
+}
+
+/// What an operation multiplies.
+#[derive(Clone, Copy)]
+enum Arithmetic {
+    Float,
+    Products,
+    Attention,
+}
+
+/// The limits of the device.
+struct Limits {
+    bytes_per_second: f64,
+    peak: Option<Peak>,
+}
+
+impl Limits {
+    /// The limit that binds for so many bytes and operations, and its microseconds.
+    fn of(&self, arithmetic: Arithmetic, bytes: f64, operations: f64) -> (Limit, f64) {
+        let memory = bytes / self.bytes_per_second * 1e6;
+        let peak = self.peak.map(|peak| match arithmetic {
+            Arithmetic::Float => peak.float,
+            Arithmetic::Products => peak.products,
+            Arithmetic::Attention => peak.attention,
+        });
+        match peak.map(|peak| operations / peak * 1e6) {
+            Some(arithmetic) if arithmetic > memory => (Limit::Arithmetic, arithmetic),
+            _ => (Limit::Memory, memory),
+        }
+    }
 }
 
 /// Runs the command.
@@ -84,33 +128,47 @@ pub(super) fn run(arguments: &KernelsArguments) -> anyhow::Result<()> {
     let device = arguments.run.device_or(FloatType::F16, Activations::Integer)?;
     let bandwidth = device.copy_bandwidth()?;
     let reads = device.read_bandwidth();
-    let (limit, of_limit) = reads.map_or((bandwidth, "of copy"), |reads| (reads, "of read"));
+    let peak = device.peak();
+    let limits = Limits { bytes_per_second: reads.unwrap_or(bandwidth), peak };
     if !arguments.json {
         println!("{}; copies {:.1} GB/s, read and written together", device.description(), bandwidth / 1e9);
         if let Some(reads) = reads {
             println!("reads {:.1} GB/s", reads / 1e9);
         }
-        println!("{:>10} {:>7} {of_limit:>7} {:>8}", "us", "GB/s", "TFLOP/s");
+        if let Some(Peak { float, products, attention }) = peak {
+            let [float, products, attention] = [float, products, attention].map(|peak| peak / 1e12);
+            println!("multiplies {float:.3} TFLOP/s, in products {products:.3}, in attention {attention:.3}");
+        }
+        println!("{:>10} {:>7} {:>8} {:>21}", "us", "GB/s", "TFLOP/s", "of its limit");
     }
     let mut measured = Vec::new();
     let mut report = |one: Measured| {
         if !arguments.json {
             let (bytes, operations) =
                 (one.bytes / one.microseconds / 1e3, one.operations / one.microseconds / 1e6);
-            let part = 1e11 * bytes / limit;
+            let limit = match one.limit {
+                Limit::Memory => "memory",
+                Limit::Arithmetic => "arithmetic",
+            };
             println!(
-                "{:10.1} {bytes:7.1} {part:6.1}% {operations:8.3}  {} {}",
-                one.microseconds, one.operation, one.shape
+                "{:10.1} {bytes:7.1} {operations:8.3} {:6.1}% of {limit:<10}  {} {}",
+                one.microseconds,
+                100.0 * one.limit_microseconds / one.microseconds,
+                one.operation,
+                one.shape
             );
         }
         measured.push(one);
     };
-    device.run(Measurement { device: &device, arguments, report: &mut report })?;
+    device.run(Measurement { device: &device, arguments, limits, report: &mut report })?;
     if arguments.json {
         print_json(&json!({
             "device": device.description(),
             "copy_bytes_per_second": bandwidth,
             "read_bytes_per_second": reads,
+            "peak": peak.map(|Peak { float, products, attention }| {
+                json!({ "float": float, "products": products, "attention": attention })
+            }),
             "kernels": measured,
         }))?;
     }
@@ -121,6 +179,7 @@ pub(super) fn run(arguments: &KernelsArguments) -> anyhow::Result<()> {
 struct Measurement<'a> {
     device: &'a ChosenDevice,
     arguments: &'a KernelsArguments,
+    limits: Limits,
     report: &'a mut dyn FnMut(Measured),
 }
 
@@ -169,12 +228,15 @@ impl Measurement<'_> {
         &mut self,
         (operation, shape): (&'static str, String),
         launches: usize,
-        (bytes, operations): (f64, f64),
+        (arithmetic, bytes, operations): (Arithmetic, f64, f64),
         submit: &mut dyn FnMut() -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
         let seconds = median(self.device.time(self.arguments.repeats, submit)?);
         let microseconds = seconds * 1e6 / launches as f64;
-        (self.report)(Measured { operation, shape, microseconds, bytes, operations });
+        let (limit, limit_microseconds) = self.limits.of(arithmetic, bytes, operations);
+        let measured =
+            Measured { operation, shape, microseconds, bytes, operations, limit_microseconds, limit };
+        (self.report)(measured);
         Ok(())
     }
 
@@ -196,7 +258,8 @@ impl Measurement<'_> {
             let input = ones(backend, rows * inputs)?;
             let mut output = backend.buffer(rows * outputs)?;
             let activations = rows * (inputs + outputs) * backend.activation_bytes();
-            let work = ((bytes + activations) as f64, 2.0 * (rows * outputs) as f64 * inputs as f64);
+            let operations = 2.0 * (rows * outputs) as f64 * inputs as f64;
+            let work = (Arithmetic::Products, (bytes + activations) as f64, operations);
             let shape = format!("{rows} x {outputs} x {inputs}, groups of {group_size}");
             self.measure(("w4a16_matmul", shape), copies, work, &mut || {
                 weights.iter().try_for_each(|weight| {
@@ -218,7 +281,8 @@ impl Measurement<'_> {
             let input = ones(backend, rows * inputs)?;
             let mut output = backend.buffer(rows * outputs)?;
             let activations = rows * (inputs + outputs) * backend.activation_bytes();
-            let work = ((weight.bytes() + activations) as f64, 2.0 * (rows * outputs) as f64 * inputs as f64);
+            let operations = 2.0 * (rows * outputs) as f64 * inputs as f64;
+            let work = (Arithmetic::Float, (weight.bytes() + activations) as f64, operations);
             self.measure(("dense_matmul", format!("{rows} x {outputs} x {inputs}")), 1, work, &mut || {
                 let (input, weight, output) = (&input, &weight, &mut output);
                 backend.dense_matmul(dense_matmul::Args { input, weight, bias: None, output, rows })
@@ -256,7 +320,8 @@ impl Measurement<'_> {
         let shape = format!(
             "{sequences} sequences, {rows} of {tokens} tokens, {heads}/{kv_heads} heads of {head_dim}"
         );
-        self.measure(("paged_attention", shape), 1, (bytes as f64, operations), &mut || {
+        let work = (Arithmetic::Attention, bytes as f64, operations);
+        self.measure(("paged_attention", shape), 1, work, &mut || {
             backend.paged_attention(paged_attention::Args {
                 query: &query,
                 key_cache: &key_cache,
@@ -287,7 +352,7 @@ impl Measurement<'_> {
             self.measure(
                 ("rms_norm", format!("{rows} x {width} + addend")),
                 1,
-                (bytes, operations),
+                (Arithmetic::Float, bytes, operations),
                 &mut || {
                     backend.rms_norm(rms_norm::Args {
                         residual: &mut residual,
@@ -310,7 +375,7 @@ impl Measurement<'_> {
             let (gate, up) = (ones(backend, elements)?, ones(backend, elements)?);
             let mut output = backend.buffer(elements)?;
             let bytes = (3 * elements * backend.activation_bytes()) as f64;
-            let work = (bytes, (4 * elements) as f64);
+            let work = (Arithmetic::Float, bytes, (4 * elements) as f64);
             self.measure(("silu_mul", format!("{rows} x 28672")), 1, work, &mut || {
                 backend.silu_mul(silu_mul::Args { gate: &gate, up: &up, output: &mut output, elements })
             })?;
