@@ -23,8 +23,6 @@ use crate::memory;
 
 /// Bytes that are copied to measure what memory can do.
 const HOST_COPY_BYTES: usize = 256 << 20;
-/// Bytes that are read to measure how fast: more than most caches hold.
-const HOST_READ_BYTES: usize = 1 << 30;
 const CARD_COPY_BYTES: usize = 2 << 30;
 
 /// The CPU, for commands that compute there only.
@@ -293,21 +291,8 @@ impl ChosenDevice {
 
     /// Bytes a second that all threads together read from memory; a card's is not measured.
     pub(crate) fn read_bandwidth(&self) -> Option<f64> {
-        const RUNS: usize = 5;
-        let &Self::Cpu { threads, .. } = self else { return None };
-        let values = vec![1_u64; HOST_READ_BYTES / size_of::<u64>()];
-        let part = values.len().div_ceil(threads);
-        let mut read = |_| {
-            let started = Instant::now();
-            std::thread::scope(|scope| {
-                for part in values.chunks(part) {
-                    scope.spawn(|| std::hint::black_box(part.iter().fold(0, |sum, value| sum ^ value)));
-                }
-            });
-            started.elapsed().as_secs_f64()
-        };
-        let fastest = (0..RUNS).map(&mut read).fold(f64::INFINITY, f64::min);
-        Some(HOST_READ_BYTES as f64 / fastest)
+        let &Self::Cpu { threads, set, .. } = self else { return None };
+        Some(Cpu::with_instruction_set(threads, set).read_bandwidth())
     }
 
     /// What it multiplies at most; a card's is not measured.

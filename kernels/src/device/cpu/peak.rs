@@ -1,8 +1,9 @@
-//! What the processor multiplies at most: beside the bandwidth of its memory, the limit of every operation.
+//! What the processor multiplies and reads at most: the limits of every operation.
 
 use std::hint::black_box;
 use std::time::Instant;
 
+use super::aligned::AlignedVec;
 use super::simd::{InstructionSet, Simd, dispatch};
 use super::{Activations, Cpu};
 
@@ -22,6 +23,10 @@ const ROWS: usize = 6;
 const ITERATIONS: usize = 20_000;
 /// Measurements; the fastest counts.
 const RUNS: usize = 20;
+/// Bytes that are read to measure how fast: more than most caches hold. They are read in so many tasks.
+const READ_BYTES: usize = 1 << 30;
+const READ_TASKS: usize = 256;
+const READ_RUNS: usize = 5;
 
 impl Cpu {
     /// Measures [`Peak`] for its threads, instruction set and activations, in some milliseconds.
@@ -51,6 +56,25 @@ impl Cpu {
         Peak { float, products, attention: float }
     }
 
+    /// Bytes a second that all threads together read from memory in huge pages, as weights and the KV cache lie.
+    pub fn read_bandwidth(&self) -> f64 {
+        let set = self.instruction_set();
+        let mut values = AlignedVec::<f32>::zeroed(READ_BYTES / size_of::<f32>());
+        // Pages that were never written are all the same one.
+        values.fill(1.0);
+        let part = values.len() / READ_TASKS;
+        let seconds = (0..READ_RUNS).map(|_| {
+            let started = Instant::now();
+            self.pool().run(READ_TASKS, &|task| {
+                let values = &values[task * part..(task + 1) * part];
+                // SAFETY: the set was detected.
+                unsafe { dispatch!(set, read(values: &[f32])) };
+            });
+            started.elapsed().as_secs_f64()
+        });
+        READ_BYTES as f64 / seconds.fold(f64::INFINITY, f64::min)
+    }
+
     /// Operations a second of `work` on all threads; it says how many it did.
     fn fastest(&self, work: &(dyn Fn(&mut f64) + Sync)) -> f64 {
         let threads = self.pool().threads();
@@ -62,6 +86,24 @@ impl Cpu {
             started.elapsed().as_secs_f64()
         });
         operations * threads as f64 / seconds.fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// Reads `values`, which are whole cache lines, and asks for what comes later.
+#[inline(always)]
+unsafe fn read<S: Simd>(values: &[f32]) {
+    const LINE: usize = 16;
+    const AHEAD: usize = 32 * LINE;
+    // SAFETY: the caller vouches for the instruction set; a line is whole vectors.
+    unsafe {
+        let mut sums = [S::splat(0.0); 2];
+        for line in values.chunks_exact(LINE) {
+            super::aligned::prefetch(line.as_ptr().wrapping_add(AHEAD));
+            for (at, sum) in (0..LINE).step_by(S::WIDTH).zip([0, 1].into_iter().cycle()) {
+                sums[sum] = S::add(sums[sum], S::load(line[at..].as_ptr()));
+            }
+        }
+        black_box(S::sum(sums[0]) + S::sum(sums[1]));
     }
 }
 
