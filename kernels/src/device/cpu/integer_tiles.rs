@@ -9,7 +9,7 @@
 //! Weights are unpacked for a block of chunks, which all row tiles of the task share. A row tile is
 //! multiplied with all chunks of the block first; then its sums are scaled, chunk after chunk, with its 256 totals in
 //! registers. Sums go from tiles to vectors through memory, and a vector that is loaded soon after its tile was stored
-//! waits for long: one chunk at a time, or a few, took up to twice as long.
+//! waits for long: one chunk at a time took up to twice as long.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSUD and LDTILECFG.
 

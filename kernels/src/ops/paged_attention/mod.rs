@@ -12,6 +12,8 @@
 //! value_cache [block][kv_head][16][head_dim]
 //! ```
 //!
+//! (On AMX the CPU's blocks hold pairs instead, for its tiles: `device/cpu/cache.rs`.)
+//!
 //! `sequences [sequences, 4]` holds first row, rows, first position and the start of the sequence's entries
 //! in `block_tables`, for sequences whose rows lie one after the other.
 //!
