@@ -192,7 +192,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn largest(a: Self::F32) -> f32;
 
     /// `e^a` to about 2 units in the last place, `a` clamped to -87..=88: below, the result would be a subnormal number, which
-    /// takes processors a hundred times as long, and softmax asks for it of every key that a query does not see.
+    /// takes processors many times as long, and softmax asks for it of every key that a query does not see.
     ///
     /// Cody-Waite reduction by ln 2 and the degree-6 polynomial of Cephes `expf` (S. Moshier).
     #[inline(always)]
